@@ -181,12 +181,14 @@ def text(split: str = "evaluation") -> Text:
         content = Path(importlib.util.find_spec("difflib").origin).read_text(encoding="utf-8")
     elif split in ("training", "calibration", "evaluation"):
         name, topics = f"python-reference/{split}", pydoc_data.topics.topics
-        total, seen, parts = sum(map(len, topics.values())), 0, []
+        total, read, parts, known = sum(map(len, topics.values())), 0, [], set()
         for topic in sorted(topics, key=lambda topic: hashlib.sha256(topic.encode()).hexdigest()):
-            part = "evaluation" if seen < 0.25 * total else "calibration" if seen < 0.4 * total else "training"
-            seen += len(topics[topic])
+            part = "evaluation" if read < 0.25 * total else "calibration" if read < 0.4 * total else "training"
+            read += len(topics[topic])
+            fresh = [p for p in topics[topic].strip().split("\n\n") if p.strip() not in known]
+            known.update(p.strip() for p in fresh)  # some topics quote others: no paragraph counts twice
             if part == split:
-                parts.append(topics[topic].strip())
+                parts.append("\n\n".join(fresh))
         content = "\n\n".join(parts)
     else:
         raise ValueError(f"no text named {split!r}: use training, calibration, evaluation or out-of-domain")

@@ -76,7 +76,7 @@ def speedup(frame: pd.DataFrame, title: str = "Speed against the baseline of the
     frame = headline(frame)
     frame = frame[frame["same_engine"]]
     fig, ax, y = _rows(frame)
-    value = frame["speedup"].astype(float).where(frame["baseline"].notna(), 1.0)
+    value = frame["speedup"].astype(float).mask(frame["baseline"].isna() & (frame["status"] == "ok"), 1.0)
     ends = [pair if isinstance(pair, (list, tuple)) else (v, v) for pair, v in
             zip(frame["speedup_ci95"], value, strict=True)]
     least, most = min(1.0, value.min()), max(1.0, value.max())

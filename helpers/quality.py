@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from helpers import machine, timing
+from helpers import machine
+from helpers.progress import progress
 
 CHUNK = 128  # positions whose log-probabilities over the vocabulary are held at once
 
@@ -101,9 +102,9 @@ def _score(logits: torch.Tensor, targets: torch.Tensor, base: torch.Tensor | Non
         here = logits[at:at + CHUNK].float()
         log_p = here.log_softmax(-1)
         nll -= float(log_p.gather(-1, targets[at:at + CHUNK, None]).double().sum())
-        best = here.topk(2, dim=-1)
-        choices.append(best.indices[:, 0])
-        gaps.append(best.values[:, 0] - best.values[:, 1])
+        choices.append(here.argmax(-1))  # the lowest id of a tie, as greedy generation takes
+        best, second = here.topk(2, dim=-1).values.unbind(-1)
+        gaps.append(best - second)
         if base is not None:
             log_b = base[at:at + CHUNK].to(log_p.device).float().log_softmax(-1)
             kl += float((log_b.exp() * (log_b - log_p)).double().sum())
@@ -126,7 +127,7 @@ def compare(forwards: dict[str, Callable], baseline: str, ids: torch.Tensor) -> 
     predictions = ids.shape[1] - 1
     nll = {name: [] for name in order}
     same, kl, changed = dict.fromkeys(order, 0), dict.fromkeys(order, 0.0), {name: [] for name in order}
-    step = timing.progress(len(ids), "windows scored")
+    step = progress(len(ids), "windows scored")
     for w, window in enumerate(ids):
         base = base_choice = base_gap = None
         for name in order:

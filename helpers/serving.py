@@ -139,10 +139,9 @@ def _wait_ready(server: Server, ready: str, ready_s: float) -> None:
     print(f"Starting {server.name} on port {server.port} ", end="", flush=True)
     begun, rounds, fault = time.monotonic(), 0, ""
     while not fault and (status := _status(server, ready)) != 200:
-        waited_s = time.monotonic() - begun
         if (code := server.supervisor.poll()) is not None:
             fault = f"{_outcome(code)} before it was ready"
-        elif waited_s > ready_s:
+        elif time.monotonic() - begun > ready_s:
             fault = f"was not ready within {ready_s:g} s (GET {ready}: {status or 'no answer'})"
         elif (rounds := rounds + 1) % 50 == 0:
             print(".", end="", flush=True)
@@ -211,7 +210,8 @@ def _supervise(scratch: str, commands: list[list[str]]) -> int:
                                      preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM))
             running[child.pid] = child
         while code is None:
-            gone = told or select.select([0], [], [], POLL_S)[0] or os.getppid() != owner
+            gone = told or select.select([0], [], [], 0)[0] or os.getppid() != owner
+            time.sleep(POLL_S)  # so that a command whose death the owner saw first is seen dead
             failed = [ended for pid, ended in _reap().items() if running.pop(pid, None) and ended]
             code = failed[0] if failed else 0 if not running else ENDED if gone else None
     except OSError as error:

@@ -13,6 +13,8 @@ import scipy.stats
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from helpers.progress import progress
+
 SPREAD_LIMIT = 0.10  # interquartile range over median above which a series is called unstable
 
 
@@ -107,28 +109,6 @@ def greedy(model, input_ids: torch.Tensor, new_tokens: int, context: Callable = 
         return Generation(latency, [t - start for t in stamps.times], ids.shape[1], ids.shape[0], new)
 
     return call
-
-
-def progress(total: int, what: str) -> Callable[[], None]:
-    """A function to call after each of `total` steps; in a notebook one line counts them and the seconds they took."""
-    from IPython import get_ipython
-    from IPython.display import display
-
-    if get_ipython() is None:
-        return lambda: None
-    start, done = time.perf_counter(), 0
-
-    def line() -> dict:
-        return {"text/plain": f"{done} of {total} {what}, {time.perf_counter() - start:.0f} s"}
-
-    handle = display(line(), raw=True, display_id=True)
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        handle.update(line(), raw=True)
-
-    return step
 
 
 @dataclasses.dataclass

@@ -1,0 +1,1 @@
+"""The measuring measured, against instruments of others."""

@@ -1,0 +1,97 @@
+"""`make bench`: is the measuring itself right? Ratios within one run, each with its interval and its aim.
+
+1. The harness's latency over that of a bare `perf_counter` around the same generation (one clock against another).
+2. A generation with the harness's token stamps over one without, in pairs (what stamping costs).
+3. The peak that `memory.peak_of` reports over what the kernel reports for the same process at its end (`wait4`).
+"""
+
+import json
+import os
+import sys
+import time
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from helpers import models, timing
+
+PROMPT, NEW_TOKENS, PAIRS = "I am so fast that I can", 50, 12
+
+CHILD = """
+import json, os, torch
+from helpers import memory, models, timing
+ids = models.tokenizer()({prompt!r}, return_tensors="pt").input_ids
+kept = []
+def factory():
+    kept.append(models.load("auto", torch.float32))
+    return timing.greedy(kept[0], ids, {tokens})
+peak = memory.peak_of(factory)
+print(json.dumps(peak.peak_bytes), flush=True)
+os._exit(0)
+"""
+
+
+def same_generations() -> timing.Ratio:
+    """Bare over harness latency of the same calls: one clock inside the call, one around it."""
+    ids = models.tokenizer()(PROMPT, return_tensors="pt").input_ids
+    call = timing.greedy(models.load(), ids, NEW_TOKENS)
+    call()
+    inside, around = [], []
+    for _ in range(PAIRS):
+        start = time.perf_counter()
+        run = call()
+        around.append(time.perf_counter() - start)
+        inside.append(run.latency_s)
+    return timing.ratio(inside, around)
+
+
+def with_and_without_stamps() -> timing.Ratio:
+    """Latency with the harness over a plain `generate` under a bare clock, in pairs, turn and turn about."""
+    net = models.load()
+    ids = models.tokenizer()(PROMPT, return_tensors="pt").input_ids
+
+    def bare() -> timing.Generation:
+        start = time.perf_counter()
+        net.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False)
+        seconds = time.perf_counter() - start
+        return timing.Generation(seconds, [seconds] * NEW_TOKENS, ids.shape[1])
+
+    found = timing.measure({"harness": lambda: timing.greedy(net, ids, NEW_TOKENS), "bare": lambda: bare},
+                           "harness", PAIRS)
+    return timing.ratio(found["harness"].latency_s, found["bare"].latency_s)
+
+
+def reported_and_kernel_peak() -> timing.Ratio:
+    """The harness's peak over the kernel's `ru_maxrss` of the same process, three processes."""
+    ours, kernels = [], []
+    for _ in range(3):
+        out, into = os.pipe()
+        pid = os.posix_spawn(sys.executable, [sys.executable, "-c", CHILD.format(prompt=PROMPT, tokens=NEW_TOKENS)],
+                             os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, into, 1)])
+        os.close(into)
+        with os.fdopen(out) as said:
+            ours.append(json.loads(said.read().strip().splitlines()[-1]))
+        _, status, usage = os.wait4(pid, 0)
+        if status:
+            raise RuntimeError(f"the measured process ended with status {status}")
+        kernels.append(usage.ru_maxrss * 1024)
+    return timing.ratio(ours, kernels)
+
+
+def main() -> int:
+    checks = [("harness clock ÷ bare clock, same generations", same_generations, 0.02),
+              ("with stamps ÷ without, in pairs", with_and_without_stamps, 0.02),
+              ("reported peak ÷ kernel's peak", reported_and_kernel_peak, 0.03)]
+    table, missed = Table("what", "ratio [95 %]", "aim", "met"), 0
+    for name, check, aim in checks:
+        found = check()
+        met = found.low >= 1 - aim and found.high <= 1 + aim
+        missed += not met
+        table.add_row(name, f"{found.value:.4f} [{found.low:.4f}, {found.high:.4f}]", f"1 ± {aim}", "yes" if met else "no")
+    Console().print(table)
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

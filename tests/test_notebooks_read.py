@@ -1,0 +1,118 @@
+"""Do the notebooks keep the contract? Read, not run: form, figures typed by hand, stamps."""
+
+import ast
+import re
+import statistics
+
+import nbformat
+import pytest
+
+from helpers import run
+
+ALL = sorted(run.NOTEBOOKS.glob("*.ipynb"))
+LESSONS = ALL[:-1]
+HEADINGS = ["## The idea", "## What should happen", "## Baseline", "## The technique", "## Is it still the same model?",
+            "## What happened", "## In practice", "## Exercises", "## Further reading"]
+COMMON = {"MODEL", "DEVICE", "NEW_TOKENS", "REPEATS", "WARMUP", "EVAL_TOKENS", "SEED", "RESULTS_DIR", "FIGURES_DIR"}
+TYPED = re.compile(r"\d+(?:[.,]\d+)?\s*(?:x|×|times|%)\s+(?:faster|slower|smaller|larger|less|more)"
+                   r"|\d+(?:\.\d+)?\s*(?:tok|tokens?)\s*/\s*s", re.I)
+LOCAL = re.compile(r"(?<![\w:/.])/(?:root|home|tmp|work|Users|mnt|opt)/[\w.-]+|[A-Z]:\\\\Users")
+
+
+def stem(path):
+    return path.stem
+
+
+@pytest.fixture(params=ALL, ids=stem)
+def notebook(request):
+    return nbformat.read(request.param, 4)
+
+
+@pytest.fixture(params=LESSONS, ids=stem)
+def lesson(request):
+    return nbformat.read(request.param, 4)
+
+
+def code(notebook):
+    return [c for c in notebook.cells if c.cell_type == "code"]
+
+
+def prose(notebook):
+    return "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+
+
+def tagged(notebook):
+    return [c for c in code(notebook) if "parameters" in c.metadata.get("tags", [])]
+
+
+def test_it_is_a_valid_notebook_of_reasonable_size(notebook):
+    nbformat.validate(notebook)
+    assert len(nbformat.writes(notebook)) < 400_000
+    assert notebook.metadata.kernelspec.name == "python3"
+
+
+def test_bootstrap_is_the_same_everywhere(notebook):
+    assert code(notebook)[0].source == code(nbformat.read(ALL[0], 4))[0].source
+
+
+def test_parameters_are_literals_with_their_unit(notebook):
+    assert len(tagged(notebook)) == 1
+    for statement in ast.parse(tagged(notebook)[0].source).body:
+        ast.literal_eval(statement.value)
+    assert all("#" in row for row in tagged(notebook)[0].source.splitlines()
+               if row.strip() and not row.startswith("SEED"))
+
+
+def test_cells_are_short_and_explained(notebook):
+    lines = [len([row for row in c.source.splitlines() if row.strip()]) for c in code(notebook)]
+    assert max(lines) <= 25 and statistics.median(lines) <= 8
+    kinds = "".join(c.cell_type[0] for c in notebook.cells if c.source.strip())
+    assert "ccc" not in kinds
+
+
+def test_a_lesson_has_the_skeleton(lesson):
+    text = prose(lesson)
+    for needed in ("What you'll do", "What you'll learn", "What you'll need", "*Series:", "**Next:**"):
+        assert needed in text
+    found = [h for h in re.findall(r"^## .*$", text, re.M) if h in HEADINGS]
+    assert found == HEADINGS
+    names = {t.id for s in ast.parse(tagged(lesson)[0].source).body for t in s.targets}
+    assert names >= COMMON
+    assert len(code(lesson)) >= 12
+
+
+def test_no_measured_figure_is_typed(notebook):
+    assert not TYPED.findall(prose(notebook))
+
+
+def test_links_between_lessons_lead_somewhere(notebook):
+    for target in re.findall(r"\]\((\d\d_\w+\.ipynb|\.\./README\.md)\)", prose(notebook)):
+        path = run.NOTEBOOKS / target
+        assert path.exists() or target[:2] in {"03", "04", "05", "06", "07"}, target
+
+
+def test_stamped_and_matching_or_cleared(notebook):
+    shown = [c for c in code(notebook) if c.outputs or c.execution_count]
+    stamp = notebook.metadata.get("stamp")
+    if not shown:
+        assert stamp is None
+        return
+    assert stamp["code"] == run.code_hash(notebook), "the code changed since the reference run: make reference"
+    assert stamp["measuring"] == run.measuring_hash(), "the measuring helpers changed: make reference"
+    assert set(stamp) == {"code", "measuring", "machine", "date"}
+
+
+def test_outputs_are_clean(notebook):
+    counts = [c.execution_count for c in code(notebook)]
+    assert not any(counts) or counts == list(range(1, len(counts) + 1))
+    for output in (o for c in code(notebook) for o in c.outputs):
+        assert output.output_type != "error"
+        text = output.get("text", "") + "".join(v for k, v in output.get("data", {}).items() if k.startswith("text/"))
+        assert not LOCAL.search(text), LOCAL.search(text)
+        assert "it/s]" not in text and "\r" not in text
+
+
+def test_all_stamps_are_of_one_machine():
+    machines = {m["machine"] for p in ALL if (m := nbformat.read(p, 4).metadata.get("stamp"))}
+    assert len(machines) <= 1
+    assert machines <= {p.parent.name for p in (run.NOTEBOOKS / "results").glob("*/*.json")}
