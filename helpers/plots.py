@@ -168,6 +168,28 @@ def quality_speed(frame: pd.DataFrame, title: str = "Quality against speed") -> 
     return fig
 
 
+def fit(plan: pd.DataFrame, title: str) -> Figure:
+    """What fits where (`planner.plan` of one model): GB in each cell; blue fits on one GPU, with its best tokens/s."""
+    techniques, gpus = list(dict.fromkeys(plan["technique"])), list(dict.fromkeys(plan["gpu"]))
+    fig, ax = plt.subplots(figsize=(0.9 + 0.62 * len(gpus), 0.9 + 0.27 * len(techniques)))
+    for row in plan.to_dict("records"):
+        x, y, fits = gpus.index(row["gpu"]), techniques.index(row["technique"]), row["fits"]
+        share = min(1.0, row["total_bytes"] / row["gpu_memory_bytes"])
+        ax.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, lw=1, ec="white",
+                                   fc=plt.cm.Blues(0.15 + 0.4 * share) if fits else "#EEEEEE"))
+        said = f"{row['limit_tokens_per_s']:.0f} t/s" if fits else (
+            "–" if pd.isna(row["fewest_gpus"]) else f"{row['fewest_gpus']} GPUs")
+        ax.text(x, y, f"{row['total_bytes'] / 1e9:.1f}\n{said}", ha="center", va="center", fontsize=5.5,
+                color="#000000" if fits else "#555555")
+    ax.set_xticks(range(len(gpus)), gpus, rotation=35, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(len(techniques)), techniques)
+    ax.set(xlim=(-0.5, len(gpus) - 0.5), ylim=(len(techniques) - 0.5, -0.5))
+    ax.grid(visible=False)
+    ax.tick_params(length=0)
+    _title(fig, title)
+    return fig
+
+
 def save(fig: Figure, name: str, data: pd.DataFrame, folder: Path, caption: str = "") -> Path:
     """Write `name`.svg, .pdf and .png (300 dpi), the data it was drawn from as .csv, its caption as .txt."""
     folder = Path(folder)

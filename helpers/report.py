@@ -2,6 +2,7 @@
 generated parts. `python -m helpers.report` writes README; with `--check` it only says whether README is stale."""
 
 import argparse
+import math
 import re
 import sys
 from pathlib import Path
@@ -70,9 +71,10 @@ def verdict(record: Record) -> str:
 def claims(records: list[Record], technique: str | None = None) -> pd.DataFrame:
     """The article's claims beside what these records say: direction and size judged apart.
 
-    Speed is judged on the paired 95 % interval, memory on the peak above what was resident before, to within 5 %.
-    Direction: confirmed, refuted or within noise; a claim of likeness is confirmed when the interval keeps within
-    5 % of one. Size: met when the article's figure lies in the interval widened by 5 %, else "smaller" or "larger".
+    Each claim compares one quantity of two records: speed (paired 95 % interval), memory (peak above what was
+    resident before), weights (bytes) or perplexity (interval of the paired log-likelihood). Direction: confirmed,
+    refuted or within noise; likeness is confirmed when the whole interval lies within 5 % of one. Size: met when
+    the article's figure lies in the interval widened by 5 %, else larger or smaller; "–" where it gives none.
     A claim without its two records is "not measured".
     """
     facts = pd.read_csv(DATA / "claims.csv")
@@ -86,27 +88,26 @@ def _judged(fact: dict, records: list[Record]) -> dict:
     mine = {r.variant: r for r in records
             if r.technique == fact["technique"] and r.sweep is None and r.status == "ok"}
     one, other = mine.get(fact["variant"]), mine.get(fact["compared_with"])
-    row = {"claim": fact["claim"], "article": f"{fact['article_value']:.2f}× ({fact['article_figures']})"}
-    gain = None
-    if one and other:
-        gain = _speed_ratio(one, other) if fact["quantity"] == "speed" else _memory_ratio(one, other)
+    said = None if pd.isna(fact["article_value"]) else fact["article_value"]
+    row = {"claim": fact["claim"],
+           "article": f"{said:.2f}× ({fact['article_figures']})" if said else fact["article_figures"]}
+    gain = RATIOS[fact["quantity"]](one, other) if one and other else None
     if gain is None:
         return row | {"here": "–", "direction": "not measured", "size": "–"}
     low, high = gain.low or gain.value, gain.high or gain.value
-    said = fact["article_value"]
-    if abs(said - 1) <= ALIKE:
-        direction = ("confirmed" if 1 - ALIKE <= low and high <= 1 + ALIKE
-                     else "refuted" if low > 1 + ALIKE or high < 1 - ALIKE else "within noise")
-    else:
-        up, down = low > 1, high < 1
-        direction = "confirmed" if (up if said > 1 else down) else "refuted" if up or down else "within noise"
-    size = "larger" if low / (1 + ALIKE) > said else "smaller" if high * (1 + ALIKE) < said else "met"
+    holds, fails = {"up": (low > 1, high < 1), "down": (high < 1, low > 1),
+                    "alike": (1 - ALIKE <= low and high <= 1 + ALIKE, low > 1 + ALIKE or high < 1 - ALIKE)
+                    }[fact["direction"]]
+    size = "–" if said is None else "larger" if low / (1 + ALIKE) > said else (
+        "smaller" if high * (1 + ALIKE) < said else "met")
     return row | {"here": _interval(gain.value, gain[1:] if gain.low else None, unit="×"),
-                  "direction": direction, "size": size}
+                  "direction": "confirmed" if holds else "refuted" if fails else "within noise", "size": size}
 
 
 def _speed_ratio(one: Record, other: Record) -> timing.Ratio | None:
-    """Speed of one over the other: from their own pairs, or through the baseline they share."""
+    """Speed of one over the other: from their own pairs, or through the baseline they share; never across engines."""
+    if one.engine != other.engine:
+        return None
     if one.baseline == other.id:
         return timing.ratio([p.baseline_s for p in one.pairs], [p.variant_s for p in one.pairs])
     if one.baseline == other.baseline and len(one.latency_s) == len(other.latency_s):
@@ -119,6 +120,26 @@ def _memory_ratio(one: Record, other: Record) -> timing.Ratio | None:
         return None
     own = [r.peak_bytes - r.resident_before_bytes for r in (one, other)]
     return timing.Ratio(own[0] / own[1], None, None)
+
+
+def _weights_ratio(one: Record, other: Record) -> timing.Ratio | None:
+    if None in (one.weight_bytes, other.weight_bytes):
+        return None
+    return timing.Ratio(one.weight_bytes / other.weight_bytes, None, None)
+
+
+def _perplexity_ratio(one: Record, other: Record) -> timing.Ratio | None:
+    """exp of the paired difference where one was scored against the other, else the bare ratio."""
+    if one.baseline == other.id and one.nll_delta is not None:
+        return timing.Ratio(*(math.exp(x) for x in (one.nll_delta, *(one.nll_delta_ci95 or (one.nll_delta,) * 2))))
+    same = (one.eval_text, one.eval_tokens, one.eval_seq_len) == (other.eval_text, other.eval_tokens,
+                                                                  other.eval_seq_len)
+    if None in (one.perplexity, other.perplexity) or not same:
+        return None
+    return timing.Ratio(one.perplexity / other.perplexity, None, None)
+
+
+RATIOS = {"speed": _speed_ratio, "memory": _memory_ratio, "weights": _weights_ratio, "perplexity": _perplexity_ratio}
 
 
 def headline_records(found: dict[str, Results]) -> list[Record]:

@@ -21,7 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 MEASURING = ("timing.py", "memory.py", "quality.py")
 SMOKE = {  # small numbers for a quick run; each notebook takes those that are among its parameters
-    "NEW_TOKENS": 8, "REPEATS": 2, "EVAL_TOKENS": 300, "PREFILL_TOKENS": 32, "SWEEP_REPEATS": 1,
+    "NEW_TOKENS": 8, "REPEATS": 2, "EVAL_TOKENS": 300, "PREFILL_TOKENS": 16, "SWEEP_REPEATS": 1, "SWEEP_TOKENS": 60,
+    "PROMPT_LENGTHS": [16, 64], "CALIBRATION_TOKENS": 128, "TRAIN_STEPS": 2, "TRAIN_BATCH": 1, "TRAIN_LENGTH": 32,
+    "SPARSITY_PERCENT": [30, 50],
 }
 PROFILES = {"full": {}, "smoke": SMOKE}
 

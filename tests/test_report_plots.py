@@ -46,7 +46,8 @@ def test_a_claim_of_likeness_needs_a_narrow_interval():
 
 def test_every_claim_names_its_records_and_source():
     facts = pd.read_csv(report.DATA / "claims.csv")
-    assert facts["id"].is_unique and not facts.isna().any().any()
+    assert facts["id"].is_unique and not facts.drop(columns="article_value").isna().any().any()
+    assert set(facts["quantity"]) <= set(report.RATIOS) and set(facts["direction"]) <= {"up", "down", "alike"}
     assert set(facts["technique"]) <= set(schema.TECHNIQUES)
 
 
