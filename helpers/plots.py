@@ -55,7 +55,8 @@ def _rows(frame: pd.DataFrame, width: float = 3.5):
     ax.grid(axis="y", visible=False)
     for place, technique in headings:
         ax.annotate(title_of(technique), (0, place), (4, 0), xycoords=("axes fraction", "data"), va="center",
-                    textcoords="offset points", weight="bold", color=COLOURS[technique])
+                    textcoords="offset points", weight="bold", color=COLOURS[technique],
+                    bbox={"fc": "white", "ec": "none", "pad": 0.5})
     return fig, ax, np.array(y)
 
 

@@ -94,21 +94,16 @@ def logits_of(model, context: Callable | None = None) -> Callable[[torch.Tensor]
     return forward
 
 
-def _score(logits: torch.Tensor, targets: torch.Tensor, base: torch.Tensor | None):
-    """Sums over positions: nll, and against the baseline's logits KL(baseline ‖ variant); the choices and gaps."""
-    nll = kl = 0.0
-    choices, gaps = [], []
-    for at in range(0, len(targets), CHUNK):
-        here = logits[at:at + CHUNK].float()
-        log_p = here.log_softmax(-1)
-        nll -= float(log_p.gather(-1, targets[at:at + CHUNK, None]).double().sum())
-        choices.append(here.argmax(-1))  # the lowest id of a tie, as greedy generation takes
-        best, second = here.topk(2, dim=-1).values.unbind(-1)
-        gaps.append(best - second)
-        if base is not None:
-            log_b = base[at:at + CHUNK].to(log_p.device).float().log_softmax(-1)
-            kl += float((log_b.exp() * (log_b - log_p)).double().sum())
-    return nll, kl, torch.cat(choices).cpu().numpy(), torch.cat(gaps).cpu().numpy()
+def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """(positions, vocabulary) in float32, chunk by chunk."""
+    return torch.cat([logits[at:at + CHUNK].float().log_softmax(-1) for at in range(0, len(logits), CHUNK)])
+
+
+def _divergence(log_b: torch.Tensor, log_p: torch.Tensor) -> float:
+    """Sum over positions of KL(baseline ‖ variant); rows in float32, their sum in float64."""
+    rows = [F.kl_div(log_p[at:at + CHUNK], log_b[at:at + CHUNK].to(log_p.device), reduction="none", log_target=True)
+            .sum(-1) for at in range(0, len(log_p), CHUNK)]
+    return float(torch.cat(rows).double().sum())
 
 
 def compare(forwards: dict[str, Callable], baseline: str, ids: torch.Tensor) -> dict[str, Quality]:
@@ -129,18 +124,23 @@ def compare(forwards: dict[str, Callable], baseline: str, ids: torch.Tensor) -> 
     same, kl, changed = dict.fromkeys(order, 0), dict.fromkeys(order, 0.0), {name: [] for name in order}
     step = progress(len(ids), "windows scored")
     for w, window in enumerate(ids):
-        base = base_choice = base_gap = None
+        base = base_choice = None
         for name in order:
-            logits = forwards[name](window[None])[0, :-1]
-            total, divergence, choice, gap = _score(logits, window[1:].to(logits.device), base)
+            log_p = _log_probabilities(forwards[name](window[None])[0, :-1])
+            picked = log_p.gather(-1, window[1:, None].to(log_p.device))
+            nll[name].append(-float(picked.double().sum()) / predictions)
+            choice = log_p.argmax(-1).cpu()
             if name == baseline:
-                base, base_choice, base_gap = logits, choice, gap
-            nll[name].append(total / predictions)
-            kl[name] += divergence
-            same[name] += int((choice == base_choice).sum())
+                base, base_choice = log_p, choice
+                same[name] += predictions
+                continue
+            kl[name] += _divergence(base, log_p)
+            moved = (choice != base_choice).nonzero().flatten()
+            same[name] += predictions - len(moved)
+            best = base[moved.to(base.device)].topk(2, dim=-1).values.cpu()
             changed[name] += [{"window": w, "position": int(at), "baseline": int(base_choice[at]),
-                               "variant": int(choice[at]), "gap": float(base_gap[at])}
-                              for at in np.flatnonzero(choice != base_choice)]
+                               "variant": int(choice[at]), "gap": float(first - second)}
+                              for at, (first, second) in zip(moved, best, strict=True)]
         step()
     count = predictions * len(ids)
     return {name: Quality(np.array(nll[name]), count, ids.shape[1],

@@ -85,8 +85,7 @@ def claims(records: list[Record], technique: str | None = None) -> pd.DataFrame:
 
 
 def _judged(fact: dict, records: list[Record]) -> dict:
-    mine = {r.variant: r for r in records
-            if r.technique == fact["technique"] and r.sweep is None and r.status == "ok"}
+    mine = {r.id: r for r in records if r.technique == fact["technique"] and r.status == "ok"}
     one, other = mine.get(fact["variant"]), mine.get(fact["compared_with"])
     said = None if pd.isna(fact["article_value"]) else fact["article_value"]
     row = {"claim": fact["claim"],
@@ -142,9 +141,14 @@ def _perplexity_ratio(one: Record, other: Record) -> timing.Ratio | None:
 RATIOS = {"speed": _speed_ratio, "memory": _memory_ratio, "weights": _weights_ratio, "perplexity": _perplexity_ratio}
 
 
+def all_records(found: dict[str, Results]) -> list[Record]:
+    """The records of all lessons in order."""
+    return [r for lesson in found.values() for r in lesson.records]
+
+
 def headline_records(found: dict[str, Results]) -> list[Record]:
     """The records of all lessons in order, sweeps left out."""
-    return [r for lesson in found.values() for r in lesson.records if r.sweep is None]
+    return [r for r in all_records(found) if r.sweep is None]
 
 
 def readme_parts(found: dict[str, Results], slug: str) -> dict[str, str]:
@@ -159,7 +163,7 @@ def readme_parts(found: dict[str, Results], slug: str) -> dict[str, str]:
     run = f"{records[0].model}, {first.machine.cpu}, {first.machine.cores} cores (`{slug}`), " \
           f"{min(f.run.date for f in found.values())[:10]}. Intervals: 95 %. GB = 1e9 bytes."
     return {"results": f"{run}\n\n{full.to_markdown()}",
-            "claims": claims(records).reset_index(names="the article's claim").to_markdown(index=False)}
+            "claims": claims(all_records(found)).reset_index(names="the article's claim").to_markdown(index=False)}
 
 
 def render_readme(text: str, parts: dict[str, str]) -> str:

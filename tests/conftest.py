@@ -21,15 +21,14 @@ def run_lesson(tmp_path_factory):
     done = {}
 
     def run_once(name: str, **parameters):
-        key = (name, json.dumps(parameters, sort_keys=True))
+        notebook = run.NOTEBOOKS / f"{name}.ipynb"
+        given = {k: v for k, v in run.SMOKE.items() if k in run.known_parameters(notebook)} | parameters
+        key = (name, json.dumps({k: v for k, v in given.items() if v != "auto"}, sort_keys=True))
         if key not in done:
             folder = tmp_path_factory.mktemp(name)
-            notebook = run.NOTEBOOKS / f"{name}.ipynb"
-            known = run.known_parameters(notebook)
-            given = {k: v for k, v in run.SMOKE.items() if k in known} | parameters
-            given |= {"RESULTS_DIR": str(folder / "results"), "FIGURES_DIR": str(folder / "figures")}
+            places = {"RESULTS_DIR": str(folder / "results"), "FIGURES_DIR": str(folder / "figures")}
             os.environ["SEVEN_PROFILE"] = "smoke"
-            run.execute(notebook, folder / f"{name}.ipynb", given)
+            run.execute(notebook, folder / f"{name}.ipynb", given | places)
             done[key] = results.load(next((folder / "results").glob(f"*/{name}.json")))
             done[key].__dict__["folder"] = folder
         return done[key]

@@ -9,8 +9,8 @@ import torch
 from helpers import models
 
 LESSON = "05_pruning"
-SMOKE = {"SWEEP_TOKENS": 60, "CALIBRATION_TOKENS": 128, "PREFILL_TOKENS": 8, "TRAIN_STEPS": 2, "TRAIN_BATCH": 1,
-         "TRAIN_LENGTH": 32, "SPARSITY_PERCENT": [30, 50]}
+SMOKE = {"SWEEP_TOKENS": 60, "CALIBRATION_TOKENS": 256, "PREFILL_TOKENS": 16, "TRAIN_STEPS": 8, "TRAIN_BATCH": 1,
+         "TRAIN_LENGTH": 64, "SPARSITY_PERCENT": [30, 50]}
 HEADLINE = ["dense", "magnitude-50", "wanda-50", "wanda-2:4", "structured-20", "layers-20", "layers-20-lora",
             "dense-lora"]
 
