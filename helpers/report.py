@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 
 from helpers import results, timing
@@ -151,19 +152,31 @@ def headline_records(found: dict[str, Results]) -> list[Record]:
     return [r for r in all_records(found) if r.sweep is None]
 
 
+def lessons(found: dict[str, Results]) -> str:
+    """The notebooks that are there, with their titles, and whether their results are (Markdown list)."""
+    rows = []
+    for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
+        heading = nbformat.read(path, 4).cells[0].source.splitlines()[0]
+        title = heading.partition("·")[2].strip()
+        last = path.name.startswith("08")
+        state = "reads all of them" if last else "with results" if path.stem in found else "no results committed yet"
+        rows.append(f"- [{path.stem}](notebooks/{path.name}): {title} *({state})*")
+    return "\n".join(rows)
+
+
 def readme_parts(found: dict[str, Results], slug: str) -> dict[str, str]:
-    """README's generated parts in Markdown: "results" and "claims"."""
-    records = headline_records(found)
+    """README's generated parts in Markdown: "lessons", "results" and "claims"."""
+    records, parts = headline_records(found), {"lessons": lessons(found)}
     if not records:
-        return {"results": "*No results yet.*", "claims": "*No results yet.*"}
+        return parts | {"results": "*No results yet.*", "claims": "*No results yet.*"}
     full = table(records)
     full.insert(0, "technique", [r.technique.replace("_", " ") for r in records])
     full = full.reset_index(names="variant").set_index("technique").drop(columns=["note", "Δ nll (nats)"])
     first = next(iter(found.values()))
     run = f"{records[0].model}, {first.machine.cpu}, {first.machine.cores} cores (`{slug}`), " \
           f"{min(f.run.date for f in found.values())[:10]}. Intervals: 95 %. GB = 1e9 bytes."
-    return {"results": f"{run}\n\n{full.to_markdown()}",
-            "claims": claims(all_records(found)).reset_index(names="the article's claim").to_markdown(index=False)}
+    judged = claims(all_records(found)).reset_index(names="the article's claim")
+    return parts | {"results": f"{run}\n\n{full.to_markdown()}", "claims": judged.to_markdown(index=False)}
 
 
 def render_readme(text: str, parts: dict[str, str]) -> str:
