@@ -96,7 +96,8 @@ def test_a_failed_notebook_fails_the_run_after_the_others(tmp_path, capsys, monk
     import nbformat
 
     def small(name, source):
-        nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+        kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        nb = nbformat.v4.new_notebook(metadata={"kernelspec": kernel})
         nb.cells = [nbformat.v4.new_code_cell("SEED = 0", metadata={"tags": ["parameters"]}),
                     nbformat.v4.new_code_cell(source)]
         nbformat.write(nb, tmp_path / name)
