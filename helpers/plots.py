@@ -102,7 +102,7 @@ def speedup(frame: pd.DataFrame, title: str = "Speed against the baseline of the
     ax.xaxis.set_minor_locator(plt.NullLocator())
     _failures(ax, frame, y, "speedup") if value.isna().any() else None
     _title(fig, title)
-    ax.set(xlabel="tokens/s over the baseline's (log scale; bar: 95 % interval)")
+    ax.set(xlabel="tokens/s over the baseline's (log; bar: 95 % interval)")
     return fig
 
 
@@ -143,7 +143,7 @@ def limit(frame: pd.DataFrame, title: str = "How near the bandwidth limit") -> F
     ax.set_xlim(0, max(1.08, share.max(skipna=True) * 1.15))
     ax.xaxis.set_major_formatter(PERCENT)
     _title(fig, title)
-    ax.set(xlabel="decode tokens/s over the limit of this machine's bandwidth")
+    ax.set(xlabel="decode tokens/s over the bandwidth limit")
     return fig
 
 
