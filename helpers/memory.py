@@ -156,9 +156,12 @@ def tensors(model) -> dict[str, torch.Tensor]:
         state = getattr(tensor, "quant_state", None)
         extra = {f"{name}.{key}": value for key, value in state.as_dict(packed=False).items()
                  if isinstance(value, torch.Tensor)} if state is not None else {}
-        for key in ("SCB",):  # LLM.int8's row scales
-            if isinstance(getattr(tensor, key, None), torch.Tensor):
-                extra[f"{name}.{key}"] = getattr(tensor, key)
+        if state is not None and state.offset is not None:  # the mean that double quantization takes off the scales
+            extra[f"{name}.nested_offset"] = state.offset
+        moved = getattr(model.get_submodule(name.rpartition(".")[0]), "state", None)  # there after a first forward
+        for scales in (getattr(tensor, "SCB", None), getattr(moved, "SCB", None)):  # LLM.int8's row scales
+            if isinstance(scales, torch.Tensor):
+                extra[f"{name}.SCB"] = scales
         for key, value in {name: tensor, **extra}.items():
             place = (value.data_ptr(), value.nbytes) if value.numel() else key
             if place not in seen:

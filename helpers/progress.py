@@ -7,10 +7,11 @@ from IPython import get_ipython
 from IPython.display import display
 
 
-def progress(total: int, what: str) -> Callable[[], None]:
-    """A function to call after each of `total` steps; in a notebook one line counts them and the seconds they took."""
+def progress(total: int, what: str) -> Callable[..., None]:
+    """A function to call after each step, or after several with their number; in a notebook one line counts them and
+    the seconds they took."""
     if get_ipython() is None:
-        return lambda: None
+        return lambda steps=1: None
     start, done = time.perf_counter(), 0
 
     def line() -> dict:
@@ -18,9 +19,9 @@ def progress(total: int, what: str) -> Callable[[], None]:
 
     handle = display(line(), raw=True, display_id=True)
 
-    def step() -> None:
+    def step(steps: int = 1) -> None:
         nonlocal done
-        done += 1
+        done += steps
         handle.update(line(), raw=True)
 
     return step

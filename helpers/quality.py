@@ -13,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 from helpers import machine
 from helpers.progress import progress
 
-CHUNK = 128  # positions whose log-probabilities over the vocabulary are held at once
+CHUNK = 128  # positions whose log-probabilities over the vocabulary are worked on at once
+TOGETHER = 4  # windows in one forward pass: each weight is read, and where need be widened, once for all of them
 
 
 @dataclasses.dataclass
@@ -95,8 +96,11 @@ def logits_of(model, context: Callable | None = None) -> Callable[[torch.Tensor]
 
 
 def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
-    """(positions, vocabulary) in float32, chunk by chunk."""
-    return torch.cat([logits[at:at + CHUNK].float().log_softmax(-1) for at in range(0, len(logits), CHUNK)])
+    """(positions, vocabulary) in float32, chunk by chunk; float32 logits are overwritten."""
+    log_p = logits.float()
+    for chunk in log_p.split(CHUNK):
+        chunk -= chunk.logsumexp(-1, keepdim=True)
+    return log_p
 
 
 def _divergence(log_b: torch.Tensor, log_p: torch.Tensor) -> float:
@@ -121,32 +125,36 @@ def compare(forwards: dict[str, Callable], baseline: str, ids: torch.Tensor) -> 
     order = [baseline, *(name for name in forwards if name != baseline)]
     predictions = ids.shape[1] - 1
     nll = {name: [] for name in order}
-    same, kl, changed = dict.fromkeys(order, 0), dict.fromkeys(order, 0.0), {name: [] for name in order}
+    kl, changed = dict.fromkeys(order, 0.0), {name: [] for name in order}
     step = progress(len(ids), "windows scored")
-    for w, window in enumerate(ids):
-        base = base_choice = None
+    for batch in torch.arange(len(ids)).split(TOGETHER):
+        base = {}
         for name in order:
-            log_p = _log_probabilities(forwards[name](window[None])[0, :-1])
-            picked = log_p.gather(-1, window[1:, None].to(log_p.device))
-            nll[name].append(-float(picked.double().sum()) / predictions)
-            choice = log_p.argmax(-1).cpu()
-            if name == baseline:
-                base, base_choice = log_p, choice
-                same[name] += predictions
-                continue
-            kl[name] += _divergence(base, log_p)
-            moved = (choice != base_choice).nonzero().flatten()
-            same[name] += predictions - len(moved)
-            best = base[moved.to(base.device)].topk(2, dim=-1).values.cpu()
-            changed[name] += [{"window": w, "position": int(at), "baseline": int(base_choice[at]),
-                               "variant": int(choice[at]), "gap": float(first - second)}
-                              for at, (first, second) in zip(moved, best, strict=True)]
-        step()
+            logits = forwards[name](ids[batch])
+            for w, row in zip(batch.tolist(), logits, strict=True):
+                log_p = _log_probabilities(row[:-1])
+                picked = log_p.gather(-1, ids[w, 1:, None].to(log_p.device))
+                nll[name].append(-float(picked.double().sum()) / predictions)
+                base.setdefault(w, log_p)  # the baseline comes first
+                if name != baseline:
+                    kl[name] += _divergence(base[w], log_p)
+                    changed[name] += _changes(w, base[w], log_p)
+            del logits, row, log_p
+        step(len(batch))
     count = predictions * len(ids)
     return {name: Quality(np.array(nll[name]), count, ids.shape[1],
                           *((None,) * 4 if name == baseline else
-                            (*_paired(nll[name], nll[baseline]), same[name] / count, kl[name] / count)),
+                            (*_paired(nll[name], nll[baseline]), 1 - len(changed[name]) / count, kl[name] / count)),
                           changed=changed[name]) for name in order}
+
+
+def _changes(window: int, base: torch.Tensor, log_p: torch.Tensor) -> list[dict]:
+    """The positions of a window where the best token is another, as `Quality.changed` lists them."""
+    expected, choice = base.argmax(-1).cpu(), log_p.argmax(-1).cpu()
+    moved = (choice != expected).nonzero().flatten()
+    best = base[moved.to(base.device)].topk(2, dim=-1).values.cpu()
+    return [{"window": window, "position": int(at), "baseline": int(expected[at]), "variant": int(choice[at]),
+             "gap": float(first - second)} for at, (first, second) in zip(moved, best, strict=True)]
 
 
 def _paired(variant: list[float], base: list[float]) -> tuple[float, tuple[float, float] | None]:

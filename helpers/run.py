@@ -1,6 +1,7 @@
 """`python -m helpers.run`: papermill over all notebooks, progress, a summary table, the stamps of a reference run."""
 
 import argparse
+import ast
 import datetime
 import hashlib
 import os
@@ -54,6 +55,29 @@ def execute(notebook: Path, out: Path, parameters: dict, progress: bool = False)
     out.parent.mkdir(parents=True, exist_ok=True)
     papermill.execute_notebook(str(notebook), str(out), parameters=parameters, cwd=str(notebook.parent),
                                progress_bar=progress, log_output=False)
+
+
+def definitions(name: str) -> dict:
+    """A notebook's imports, functions, classes and literal constants by name, nothing else run: for tests and bench."""
+    found = {"__name__": name}
+    for cell in nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells:
+        if cell.cell_type != "code" or cell.source.lstrip().startswith("try:\n    import helpers"):
+            continue
+        source = "\n".join("pass" if line.lstrip().startswith(("%", "!")) else line
+                           for line in cell.source.splitlines())
+        keep = [node for node in ast.parse(source).body if _is_definition(node)]
+        exec(compile(ast.Module(keep, []), f"{name}.ipynb", "exec"), found)
+    return found
+
+
+def _is_definition(node: ast.stmt) -> bool:
+    if isinstance(node, ast.Assign):
+        try:
+            ast.literal_eval(node.value)
+        except ValueError:
+            return False
+        return True
+    return isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef))
 
 
 def code_hash(notebook: nbformat.NotebookNode) -> str:

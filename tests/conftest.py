@@ -1,11 +1,9 @@
 """Fixtures: a lesson run once with small numbers, a lesson's own functions, tiny random models."""
 
-import ast
 import json
 import os
 from pathlib import Path
 
-import nbformat
 import pytest
 import torch
 from transformers import AutoTokenizer, FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -38,30 +36,8 @@ def run_lesson(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def definitions():
-    """definitions("NN_name") -> dict: a notebook's imports, functions, classes and literal constants, nothing run."""
-
-    def namespace(name: str) -> dict:
-        found = {"__name__": name}
-        for cell in nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells:
-            if cell.cell_type != "code" or cell.source.lstrip().startswith("try:\n    import helpers"):
-                continue
-            source = "\n".join("pass" if line.lstrip().startswith(("%", "!")) else line
-                               for line in cell.source.splitlines())
-            keep = [node for node in ast.parse(source).body if _is_definition(node)]
-            exec(compile(ast.Module(keep, []), f"{name}.ipynb", "exec"), found)
-        return found
-
-    return namespace
-
-
-def _is_definition(node: ast.stmt) -> bool:
-    if isinstance(node, ast.Assign):
-        try:
-            ast.literal_eval(node.value)
-        except ValueError:
-            return False
-        return True
-    return isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef))
+    """definitions("NN_name") -> dict: see `helpers.run.definitions`."""
+    return run.definitions
 
 
 def _saved(model, folder: Path) -> str:

@@ -1,0 +1,165 @@
+"""A rank of lesson 07: load its part of the model, measure it, leave what it found in a file.
+
+torchrun starts it, once a rank: `torchrun --nproc-per-node 3 parallel.py JOB.json`.
+"""
+
+import dataclasses
+import datetime
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+from helpers import memory, models, timing
+
+
+def shard(model, mesh):
+    """FSDP2: a slice of each layer on every rank; gathered when the layer runs, dropped after."""
+    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    register_fsdp_forward_method(model, "generate")
+    return model
+
+
+def half_on_disk(model: str, device: str) -> dict:
+    """A device map: every second layer stays in its file until it runs."""
+    with torch.device("meta"):
+        net = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    layers, stack = next((n, m) for n, m in net.named_modules() if isinstance(m, torch.nn.ModuleList))
+    others = [n for n, m in net.named_modules() if n and not list(m.children()) and not n.startswith(layers)]
+    return dict.fromkeys(others, device) | {f"{layers}.{i}": "disk" if i % 2 else device for i in range(len(stack))}
+
+
+def load_part(job: dict, device: str):
+    """This rank's part of the model."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if job["strategy"] == "tp":
+        return models.load(job["model"], device_map=None, distributed_config=DistributedConfig(tp_plan="auto"))
+    if job["strategy"] == "offload":
+        return models.load(job["model"], device_map=half_on_disk(job["model"], device), offload_folder=job["folder"])
+    if job["strategy"] == "fsdp":
+        return shard(models.load(job["model"]), init_device_mesh(job["place"], (ranks,)))
+    return models.load(job["model"], device=device)
+
+
+def own_bytes(model) -> int:
+    """Bytes of weights in this rank's own memory, tied ones once; those on disk are on the meta device."""
+    parts = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return sum({p.data_ptr(): p.nbytes for p in parts if p.device.type != "meta"}.values())
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes that this rank sends in collectives, by the ring's count, and the number of collectives."""
+
+    def __init__(self, ranks: int):
+        super().__init__()
+        self.ranks, self.sent, self.messages = ranks, 0.0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if "c10d" in function.namespace and ("reduce" in name or "gather" in name):
+            message = [t for a in args for t in (a if isinstance(a, list) else [a]) if isinstance(t, torch.Tensor)]
+            message = message[-1].nbytes  # of a gather, this rank's part: outputs come before inputs
+            self.sent += message * (self.ranks - 1) * (1 if "gather" in name else 2 / self.ranks)
+            self.messages += 1
+        return function(*args, **(kwargs or {}))
+
+
+def communication_share(call) -> float:
+    """Part of a generation's time in which a collective was under way on this rank."""
+    with torch.profiler.profile() as profile:
+        latency = call().latency_s
+    spans = sorted((e.time_range.start, e.time_range.end) for e in profile.events()
+                   if e.name.startswith(("gloo:", "nccl:")))
+    busy, reached = 0.0, 0.0
+    for start, end in spans:
+        busy, reached = busy + max(0.0, end - max(start, reached)), max(reached, end)
+    return busy / 1e6 / latency
+
+
+def link(ranks: int, device: str, large: int = 4_000_000) -> dict:
+    """Seconds that a small all-reduce takes, and bytes per second that a rank sends in a large one."""
+    def seconds(numbers: int, times: int) -> float:
+        x, taken = torch.ones(numbers, device=device), []
+        for _ in range(times):
+            timing.synchronize(device)
+            start = time.perf_counter()
+            dist.all_reduce(x)
+            timing.synchronize(device)
+            taken.append(time.perf_counter() - start)
+        return sorted(taken)[times // 2]
+
+    small = seconds(512, 41)
+    return {"message_s": small, "link_bytes_per_s": 2 * (ranks - 1) / ranks * 4 * large / (seconds(large, 7) - small)}
+
+
+def loopback_bytes() -> int:
+    """Bytes that the loopback device has carried so far."""
+    return next(int(row.split()[9]) for row in open("/proc/net/dev") if row.strip().startswith("lo:"))
+
+
+@torch.no_grad()
+def score(model, windows, device: str) -> dict:
+    """Negative log-likelihood and best token at every position of a text."""
+    found = {"nll": [], "best": []}
+    for window in torch.tensor(windows, device=device):
+        logits = model(window[None], use_cache=False).logits[0, :-1].float()
+        logits = logits.full_tensor() if isinstance(logits, DTensor) else logits
+        found["nll"].append(torch.nn.functional.cross_entropy(logits, window[1:]).item())
+        found["best"] += logits.argmax(-1).tolist()
+    return found
+
+
+def generate(job: dict, device: str, rank: int, ranks: int) -> dict:
+    """Load this rank's part; then memory, speed, communication and quality, each in a pass of its own."""
+    made = {}
+
+    def factory():
+        made["model"] = load_part(job, device)
+        made["call"] = timing.greedy(made["model"], torch.tensor([job["prompt"]]), job["new_tokens"])
+        return made["call"]
+
+    peak = memory.peak_of(factory, device)
+    runs = [dataclasses.asdict(made["call"]()) for _ in range(job["warmup"] + job["repeats"])]
+    found = {"peak": dataclasses.asdict(peak), "runs": runs, "own_bytes": own_bytes(made["model"])}
+    if ranks > 1:
+        before = loopback_bytes()
+        made["call"]()
+        found["wire_bytes"] = loopback_bytes() - before
+        with Traffic(ranks) as traffic:
+            made["call"]()
+        found |= {"sent": traffic.sent, "messages": traffic.messages, "share": communication_share(made["call"])}
+    return found | score(made["model"], job["windows"], device)
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.set_num_threads(job["threads"])
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if job["place"] == "cuda" else "cpu"
+    if job["place"] == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if job["place"] == "cuda" else "gloo", timeout=datetime.timedelta(seconds=60))
+    if job["strategy"] == "link":
+        found = link(ranks, device)
+    else:
+        found = generate(job, device, rank, ranks)
+        print(f"{found['own_bytes'] / 1e6:.0f} MB of weights here, {found['runs'][-1]['latency_s']:.2f} s a generation")
+    Path(job["folder"], f"{job['name']}-{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
