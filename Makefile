@@ -5,7 +5,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 TORCH_CPU := --index-url https://download.pytorch.org/whl/cpu --timeout 10 --retries 0
 
-.PHONY: run test lint reference bench readme clean
+.PHONY: run test lint reference bench soak readme clean
 
 run: .venv/ready
 	$(PY) -m helpers.run
@@ -22,6 +22,9 @@ reference: .venv/ready
 
 bench: .venv/ready
 	status=0; for part in measuring engines; do $(PY) -m bench.$$part || status=1; done; exit $$status
+
+soak: .venv/ready
+	$(PY) -m bench.soak
 
 readme: .venv/ready
 	$(PY) -m helpers.report

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from helpers import limits, machine, memory, models, run, timing
+from helpers import limits, machine, memory, models, results, run, timing
 
 PROMPT, NEW_TOKENS, PAIRS = "I am so fast that I can", 50, 6
 
@@ -24,9 +24,9 @@ def decode_s(runs: list[timing.Generation]) -> list[float]:
 
 def measure() -> list[tuple[str, timing.Ratio, float]]:
     """What, its ratio, and the least that it should be."""
+    sys.path.insert(0, str(results.ROOT / "notebooks" / "workers"))
     lesson = run.definitions("03_quantization")
     net, ids = models.load(), models.tokenizer()(PROMPT, return_tensors="pt").input_ids
-    end = int(net(ids).logits[0, -1].argmin())
     bandwidth, own = limits.Bandwidth(), {}
 
     def call(bits: str) -> timing.Generation:
@@ -35,9 +35,13 @@ def measure() -> list[tuple[str, timing.Ratio, float]]:
         return found
 
     with tempfile.TemporaryDirectory() as folder:
-        workers = {bits: lesson["Worker"](lesson["LLAMACPP"], lesson["write_gguf"](
-            net, Path(folder) / f"{bits}.gguf", bits, end), machine.cores(), 256) for bits in ("f32", "q8", "q4")}
+        workers = {}
         try:
+            for bits in ("f32", "q8", "q4"):
+                path = lesson["gguf_file"].write(net, Path(folder) / f"{bits}.gguf",
+                                                 functools.partial(lesson["gguf_type"], bits=bits), ids)
+                memory.touch(path)
+                workers[bits] = lesson["Worker"]("llamacpp", path, machine.cores(), ids.shape[1] + NEW_TOKENS)
             found = timing.measure({"fp32": lambda: timing.greedy(net, ids, NEW_TOKENS)} | {
                 bits: functools.partial(functools.partial, call, bits) for bits in workers},
                 "fp32", PAIRS, between=bandwidth)

@@ -1,205 +1,197 @@
-"""Every look of every chart. Each function takes a frame of records (`results.frame`) and returns a figure."""
+"""Every chart. Each takes a frame of records (`results.frame`) and a title, and returns a figure, one column wide;
+where a column `machine` names several, each has a panel of its own (`looks.chart`)."""
 
-import warnings
-from pathlib import Path
-
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from adjustText import adjust_text
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
-from helpers.schema import TECHNIQUES
+from helpers import looks
+from helpers.curves import batching, fit, ranks, throughput_latency
+from helpers.looks import COLOURS, FACTOR, MARKERS, PERCENT, Nothing, chart, headline, save, title_of, use_style
 
-COLOURS = dict(zip(TECHNIQUES, ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555"],
-                   strict=True))
-MARKERS = dict(zip(TECHNIQUES, "osD^vPX", strict=True))
-FACTOR = FuncFormatter(lambda value, _: f"{value:g}×")
-GIGABYTES = FuncFormatter(lambda value, _: f"{value / 1e9:g}")
-PERCENT = FuncFormatter(lambda value, _: f"{value:.0%}")
-
-
-def use_style() -> None:
-    """Switch the house style on."""
-    plt.style.use(Path(__file__).with_name("house.mplstyle"))
+__all__ = ["COLOURS", "FACTOR", "MARKERS", "PERCENT", "Nothing", "batching", "fit", "headline", "ranks", "save",
+           "throughput_latency", "title_of", "use_style"]
+BASES = ("fp32", "dense")  # what published ratios are taken against
+SAME = {"block-20": "structured-20"}  # another name for as much removed in the same way
+METRICS = {"tokens_per_s": ("speed", 1), "latency": ("speed", -1), "peak_memory": ("memory", 1),
+           "perplexity": ("perplexity", 1)}  # of published rows: what they are drawn as, and the exponent
 
 
-def title_of(technique: str) -> str:
-    return technique.replace("_", " ")
+def _compared(frame: pd.DataFrame) -> pd.DataFrame:
+    """Headline rows compared within one engine, and the baselines that they name."""
+    frame = frame[frame["headline"] & frame["same_engine"]]
+    named = set(zip(frame["technique"], frame["baseline"], strict=True))
+    used = np.array([pair in named for pair in zip(frame["technique"], frame["id"], strict=True)], dtype=bool)
+    return frame[frame["baseline"].notna() | used]
 
 
-def headline(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows that belong in a headline chart (see `results.frame`)."""
-    return frame[frame["headline"]]
-
-
-def _title(fig: Figure, title: str) -> None:
-    """The title, flush with the figure's left edge, so that long row labels do not push it out."""
-    fig.suptitle(title, x=0.01, ha="left", fontsize=8, weight="bold")
-
-
-def _rows(frame: pd.DataFrame, width: float = 3.5):
-    """A figure with one row a record, top to bottom, techniques set apart by a heading; returns (fig, ax, y)."""
-    y, at, headings = [], 0.0, []
-    for technique, group in frame.groupby("technique", sort=False):
-        if frame["technique"].nunique() > 1:
-            headings.append((at, technique))
-            at += 1
-        y += list(at + np.arange(len(group)))
-        at += len(group) + 0.4
-    fig, ax = plt.subplots(figsize=(width, 0.75 + 0.19 * at))
-    ax.set_yticks(y, frame["variant"])
-    ax.set_ylim(at - 0.6, -0.7)
-    ax.tick_params(axis="y", length=0)
-    ax.grid(axis="y", visible=False)
-    for place, technique in headings:
-        ax.annotate(title_of(technique), (0, place), (4, 0), xycoords=("axes fraction", "data"), va="center",
-                    textcoords="offset points", weight="bold", color=COLOURS[technique],
-                    bbox={"fc": "white", "ec": "none", "pad": 0.5})
-    return fig, ax, np.array(y)
-
-
-def _failures(ax, frame: pd.DataFrame, y: np.ndarray, column: str) -> None:
-    """What has no value is said in its row, never left out."""
-    for place, row in zip(y, frame.to_dict("records"), strict=True):
-        if pd.isna(row[column]):
-            why = row["status"] if row["status"] != "ok" else row["reasons"].get(column, "not measured")
-            ax.annotate(why, (1, place), (-2, 0), xycoords=("axes fraction", "data"), ha="right",
-                        textcoords="offset points", va="center", style="italic", color="#666666", fontsize=6)
-
-
-def speedup(frame: pd.DataFrame, title: str = "Speed against the baseline of the same run") -> Figure:
+@chart("Speed against the baseline of the same run", _compared, looks.tall)
+def speedup(fig, frame):
     """Speed-up of each variant with its 95 % interval, on a log axis; baselines stand at one.
 
-    A ratio between two engines is not a technique's gain and is left to `engines`.
+    A ratio between two engines is not a technique's gain and is left to `factors`; what CPU processes that stand in
+    for GPUs gain is left to `ranks`.
     """
-    frame = headline(frame)
-    frame = frame[frame["same_engine"]]
-    fig, ax, y = _rows(frame)
-    value = frame["speedup"].astype(float).mask(frame["baseline"].isna() & (frame["status"] == "ok"), 1.0)
-    ends = [pair if isinstance(pair, (list, tuple)) else (v, v) for pair, v in
-            zip(frame["speedup_ci95"], value, strict=True)]
+    ax, base = fig.subplots(), frame["baseline"].isna()
+    y = looks.rows(ax, frame)
+    value = frame["speedup"].astype(float).mask(base & (frame["status"] == "ok"), 1.0)
     least, most = min(1.0, value.min()), max(1.0, value.max())
-    for place, v, (low, high), row in zip(y, value, ends, frame.to_dict("records"), strict=True):
-        if pd.isna(v):
-            continue
-        low, high = max(low, least / 3), min(high, most * 3)
-        colour, base = COLOURS[row["technique"]], row["baseline"] is None or pd.isna(row["baseline"])
-        ax.plot([low, high], [place, place], color=colour, solid_capstyle="butt", lw=2, alpha=0.55)
-        ax.plot(v, place, marker=MARKERS[row["technique"]], color=colour, mfc="white" if base else colour)
-        ax.annotate("baseline" if base else f"{v:.2f}×", (max(v, high), place), (5, 0), va="center",
-                    textcoords="offset points", fontsize=6)
-    ax.axvline(1, color="#333333", lw=0.8, zorder=1)
-    ax.set_xscale("log")
-    known = [1.0] + [min(max(x, least / 3), most * 3) for pair in ends for x in pair if not pd.isna(x)]
-    ax.set_xlim(min(known) / 1.15, max(known) * 1.8)
-    span = max(known) / min(known)
-    steps = (0.5, 0.6, 0.7, 0.8, 1, 1.2, 1.5, 2) if span < 3 else (0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
-    ax.set_xticks([s for s in (steps if span < 50 else (0.01, 0.1, 1, 10, 100))
-                   if min(known) / 1.15 <= s <= max(known) * 1.6])
-    ax.xaxis.set_major_formatter(FACTOR)
-    ax.xaxis.set_minor_locator(plt.NullLocator())
-    _failures(ax, frame, y, "speedup") if value.isna().any() else None
-    _title(fig, title)
-    ax.set(xlabel="tokens/s over the baseline's (log; bar: 95 % interval)")
-    return fig
-
-
-def memory(frame: pd.DataFrame, title: str = "Memory") -> Figure:
-    """Weights, KV cache at the end of the generation, and the measured peak above what was resident before."""
-    frame = headline(frame)
-    fig, ax, y = _rows(frame)
-    weights, cache = (frame[c].astype(float).fillna(0) for c in ("weight_bytes", "kv_cache_bytes"))
-    ax.barh(y, weights, height=0.62, color=[COLOURS[t] for t in frame["technique"]], label="weights")
-    ax.barh(y, cache, left=weights, height=0.62, color="#BBBBBB", label="KV cache")
-    peak = frame["peak_bytes"].astype(float) - frame["resident_before_bytes"].astype(float)
-    ax.plot(peak, y, ls="", marker="|", ms=9, mew=1.5, color="#222222", label="peak above start")
-    for place, value in zip(y, np.fmax(weights + cache, peak.fillna(0)), strict=True):
-        if value:
-            ax.annotate(f"{weights.iloc[list(y).index(place)] / 1e9:.2f}", (value, place), (4, 0), va="center",
-                        textcoords="offset points", fontsize=6)
-    _failures(ax, frame, y, "weight_bytes")
-    ax.set_xlim(0, max(np.nanmax(peak.fillna(0)), (weights + cache).max()) * 1.18)
-    ax.xaxis.set_major_formatter(GIGABYTES)
-    ax.xaxis.set_major_locator(MaxNLocator(5))
-    _title(fig, title)
-    ax.set(xlabel="GB (label: weights)")
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, handlelength=1.2)
-    return fig
-
-
-def limit(frame: pd.DataFrame, title: str = "How near the bandwidth limit") -> Figure:
-    """Decode speed as a share of the best possible, given the bytes read a token and the measured bandwidth."""
-    frame = headline(frame)
-    fig, ax, y = _rows(frame)
-    share = frame["limit_share"].astype(float)
-    ax.barh(y, share.fillna(0), height=0.62, color=[COLOURS[t] for t in frame["technique"]])
-    for place, v in zip(y, share, strict=True):
+    ends = np.array([pair if isinstance(pair, (list, tuple)) else (v, v) for pair, v in
+                     zip(frame["speedup_ci95"], value, strict=True)], dtype=float).clip(least / 3, most * 3)
+    for place, v, (low, high), first, technique in zip(y, value, ends, base, frame["technique"], strict=True):
         if not pd.isna(v):
-            ax.annotate(f"{v:.0%}", (v, place), (3, 0), textcoords="offset points", va="center", fontsize=6)
-    _failures(ax, frame, y, "limit_share")
-    ax.axvline(1, color="#333333", lw=0.8)
-    ax.set_xlim(0, max(1.08, share.max(skipna=True) * 1.15))
+            colour = COLOURS[technique]
+            ax.plot([low, high], [place, place], color=colour, solid_capstyle="butt", lw=2, alpha=0.55)
+            ax.plot(v, place, marker=MARKERS[technique], color=colour, mfc=ax.get_facecolor() if first else colour)
+            looks.says(ax, "baseline" if first else f"{v:.2f}×", max(v, high), place, 5)
+    known = np.append(ends[~np.isnan(ends)], 1)
+    looks.ratio_axis(ax, known.min(), known.max(), "tokens/s over the baseline's (log; bar: 95 % interval)")
+    looks.failures(ax, frame, y, value)
+
+
+@chart("Memory", headline, lambda frame: looks.tall(frame) + 0.15)
+def memory(fig, frame):
+    """Weights, KV cache at the end of the generation, and the measured peak above what was resident before."""
+    ax = fig.subplots()
+    y = looks.bars(ax, frame, "weight_bytes", None, "GB (label: weights)")
+    weights, cache = (frame[c].astype(float).fillna(0) for c in ("weight_bytes", "kv_cache_bytes"))
+    peak = frame["peak_bytes"].astype(float) - frame["resident_before_bytes"].astype(float)
+    ax.containers[0].set_label("weights")
+    ax.barh(y, cache, left=weights, height=0.62, color=looks.ink(0.35), label="KV cache")
+    ax.plot(peak, y, ls="", marker="|", ms=9, mew=1.5, color=looks.ink(), label="peak above start")
+    for place, w, end in zip(y, weights, np.fmax(weights + cache, peak.fillna(0)), strict=True):
+        looks.says(ax, f"{w / 1e9:.2f}" if w else "", end, place)
+    ax.set_xlim(0, np.nanmax([peak.max(), (weights + cache).max()]) * 1.18)
+    ax.xaxis.set(major_formatter=looks.GIGABYTES, major_locator=MaxNLocator(5))
+    looks.legend(fig, ax)
+
+
+@chart("How near the bandwidth limit", headline, looks.tall)
+def limit(fig, frame):
+    """Decode speed as a share of the best possible, given the bytes read a token and the measured bandwidth."""
+    ax = fig.subplots()
+    looks.bars(ax, frame, "limit_share", "{:.0%}".format, "decode tokens/s over the bandwidth limit")
+    ax.axvline(1, color=looks.ink(0.8), lw=0.8)
+    ax.set_xlim(0, max(1.08, ax.get_xlim()[1]))
     ax.xaxis.set_major_formatter(PERCENT)
-    _title(fig, title)
-    ax.set(xlabel="decode tokens/s over the bandwidth limit")
-    return fig
 
 
-def quality_speed(frame: pd.DataFrame, title: str = "Quality against speed") -> Figure:
-    """Decode tokens/s (right is better), perplexity (down is better); area: weight bytes; the Pareto front is drawn."""
-    frame = headline(frame).dropna(subset=["perplexity", "decode_tokens_per_s"])
-    fig, ax = plt.subplots(figsize=(3.5, 2.9))
-    x, y = frame["decode_tokens_per_s"].astype(float), frame["perplexity"].astype(float)
-    area = 90 * frame["weight_bytes"].astype(float) / frame["weight_bytes"].astype(float).max()
-    for technique, rows in frame.groupby("technique", sort=False):
-        ax.scatter(x[rows.index], y[rows.index], s=area[rows.index], marker=MARKERS[technique], alpha=0.8,
-                   color=COLOURS[technique], label=title_of(technique), linewidths=0)
-    front = [i for i in frame.index if not ((x > x[i]) & (y <= y[i]) | (x >= x[i]) & (y < y[i])).any()]
-    front.sort(key=lambda i: x[i])
-    ax.plot(x[front], y[front], color="#999999", lw=0.8, zorder=0, ls="--")
-    ax.margins(0.16, 0.22)
-    ax.set(xlabel="decode tokens/s  (better →)", ylabel="perplexity  (← better)")
-    _title(fig, title)
-    if frame["technique"].nunique() > 1:
-        fig.legend(loc="outside lower center", ncols=2, markerscale=0.7)
-    adjust_text([ax.text(x[i], y[i], frame.loc[i, "variant"], fontsize=6) for i in frame.index], x=x.tolist(),
-                y=y.tolist(), ax=ax, expand=(1.3, 1.7), arrowprops={"arrowstyle": "-", "color": "#999999", "lw": 0.5})
-    return fig
+@chart("Cost of a million tokens", headline, looks.tall)
+def cost(fig, frame):
+    """Price of a million new tokens, from a column `cost_per_million_tokens`; lower is better."""
+    looks.bars(fig.subplots(), frame, "cost_per_million_tokens", "{:.2f}".format, "per million tokens (← better)")
 
 
-def fit(plan: pd.DataFrame, title: str) -> Figure:
-    """What fits where (`planner.plan` of one model): GB in each cell; blue fits on one GPU, with its best tokens/s."""
-    techniques, gpus = list(dict.fromkeys(plan["technique"])), list(dict.fromkeys(plan["gpu"]))
-    fig, ax = plt.subplots(figsize=(0.9 + 0.62 * len(gpus), 0.9 + 0.27 * len(techniques)))
-    for row in plan.to_dict("records"):
-        x, y, fits = gpus.index(row["gpu"]), techniques.index(row["technique"]), row["fits"]
-        share = min(1.0, row["total_bytes"] / row["gpu_memory_bytes"])
-        ax.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, lw=1, ec="white",
-                                   fc=plt.cm.Blues(0.15 + 0.4 * share) if fits else "#EEEEEE"))
-        said = f"{row['limit_tokens_per_s']:.0f} t/s" if fits else (
-            "–" if pd.isna(row["fewest_gpus"]) else f"{row['fewest_gpus']} GPUs")
-        ax.text(x, y, f"{row['total_bytes'] / 1e9:.1f}\n{said}", ha="center", va="center", fontsize=5.5,
-                color="#000000" if fits else "#555555")
-    ax.set_xticks(range(len(gpus)), gpus, rotation=35, ha="right", rotation_mode="anchor")
-    ax.set_yticks(range(len(techniques)), techniques)
-    ax.set(xlim=(-0.5, len(gpus) - 0.5), ylim=(len(techniques) - 0.5, -0.5))
-    ax.grid(visible=False)
-    ax.tick_params(length=0)
-    _title(fig, title)
-    return fig
+def _rated(frame: pd.DataFrame) -> pd.DataFrame:
+    return headline(frame).dropna(subset=["perplexity", "decode_tokens_per_s", "weight_bytes"])
 
 
-def save(fig: Figure, name: str, data: pd.DataFrame, folder: Path, caption: str = "") -> Path:
-    """Write `name`.svg, .pdf and .png (300 dpi), the data it was drawn from as .csv, its caption as .txt."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        fig.savefig(folder / f"{name}.svg", metadata={"Date": None})
-        fig.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
-        fig.savefig(folder / f"{name}.png")
-    data.to_csv(folder / f"{name}.csv", index=False)
-    (folder / f"{name}.txt").write_text(caption.strip() + "\n", encoding="utf-8")
-    return folder / f"{name}.svg"
+def pareto(rows: pd.DataFrame) -> pd.Series:
+    """True where no other row is as good in decode speed, perplexity and weight bytes, and better in one."""
+    cost = rows[["decode_tokens_per_s", "perplexity", "weight_bytes"]].astype(float) * [-1, 1, 1]
+    return cost.apply(lambda mine: not ((cost <= mine).all(axis=1) & (cost < mine).any(axis=1)).any(), axis=1)
+
+
+def _quality_speed(ax, rows: pd.DataFrame) -> None:
+    x, y, size = (rows[c].astype(float) for c in ("decode_tokens_per_s", "perplexity", "weight_bytes"))
+    labels, best = [], pareto(rows)
+    for i, row in rows.iterrows():
+        ax.scatter(x[i], y[i], 12 + 80 * size[i] / size.max(), marker=MARKERS[row["technique"]], linewidths=0.9,
+                   color=COLOURS[row["technique"]], alpha=0.9 if best[i] else 0.45,
+                   ec=looks.ink() if best[i] else "none", label=title_of(row["technique"]))
+        if row["variant"] not in [label.get_text() for label in labels]:
+            labels.append(ax.text(x[i], y[i], row["variant"], color=looks.ink(1 if best[i] else 0.65), **looks.SMALL))
+    ax.set(xlabel="decode tokens/s  (better →)", ylabel="perplexity  (← better)", xscale="log",
+           yscale="log" if y.max() > 3 * y.min() else "linear")
+    ax.set_title(f"{rows['eval_text'].iloc[0].partition(' (')[0]}", weight="normal", **looks.SMALL)
+    for axis, seen in ((ax.xaxis, x), (ax.yaxis, y)):
+        if axis.get_scale() == "log":
+            looks.plain_log(axis, [s for s in (5, 7, 10, 15, 20, 30, 50, 70, 100, 200, 400, 1000)
+                                   if seen.min() / 1.3 < s < seen.max() * 1.3])
+    ax.margins(0.12, 0.15)
+    adjust_text(labels, x=x.tolist(), y=y.tolist(), ax=ax, expand=(1.2, 1.5),
+                arrowprops={"arrowstyle": "-", "color": looks.ink(0.5), "lw": 0.4})
+
+
+@chart("Quality against speed and size", _rated, lambda frame: 0.4 + 2.6 * frame["eval_text"].nunique())
+def quality_speed(fig, frame):
+    """Perplexity (down is better) over decode tokens/s (right is better); area: weight bytes. Ringed: the Pareto
+    front in speed, quality and bytes. Texts of different perplexity have a panel each."""
+    texts = [rows for _, rows in frame.groupby("eval_text", sort=False)]
+    axes = np.atleast_1d(fig.subplots(len(texts)))
+    for ax, rows in zip(axes, texts, strict=True):
+        _quality_speed(ax, rows)
+    handles = {label: mark for ax in axes for mark, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    fig.legend(handles.values(), handles, loc="outside lower center", ncols=3, markerscale=0.6)
+
+
+def _factors(frame: pd.DataFrame) -> pd.DataFrame:
+    """Ratios of speed kept apart: bits in one engine, engine at the same bits, scheduler in one engine."""
+    others, found = {(r.technique, r.id): r for r in frame.itertuples()}, []
+    for row in frame[frame["headline"] & (frame["status"] == "ok")].itertuples():
+        base, low_high = others.get((row.technique, row.baseline)), row.speedup_ci95 or (None, None)
+        alike = base is not None and base.engine == row.engine
+        if row.technique == "quantization" and base is not None and (alike or base.dtype == row.dtype):
+            found.append(("bits, in one engine" if alike else "engine, at the same bits",
+                          f"{row.variant} / {base.variant}", row.speedup, *low_high, row))
+        names = {"engine_factor": "engine, at the same bits", "scheduler_factor": "scheduler, in one engine",
+                 "total_factor": "engine × scheduler"}
+        found += [(kind, row.variant, row.details[name], None, None, row) for name, kind in names.items()
+                  if row.details.get(name) and row.technique == "continuous_batching"]
+    made = pd.DataFrame([{"factor": kind, "variant": variant, "value": value, "low": low, "high": high,
+                          "technique": row.technique, **({"machine": row.machine} if "machine" in frame else {})}
+                         for kind, variant, value, low, high, row in found],
+                        columns=None if found else ["factor", "variant", "value", "low", "high", "technique"])
+    return made.drop_duplicates(["factor", "value"]).sort_values("factor", kind="stable")
+
+
+@chart("What gave the speed: bits, engine or scheduler", _factors, lambda frame: looks.tall(frame, "factor"))
+def factors(fig, frame):
+    """Each ratio compares two rows that differ in one thing only; no technique's gain is read across engines."""
+    ax = fig.subplots()
+    y = looks.rows(ax, frame, "factor")
+    for place, row in zip(y, frame.itertuples(), strict=True):
+        ends = [v if pd.isna(end) else end for end, v in ((row.low, row.value), (row.high, row.value))]
+        ax.plot(ends, (place, place), color=COLOURS[row.technique], lw=2, alpha=0.55)
+        ax.plot(row.value, place, marker=MARKERS[row.technique], color=COLOURS[row.technique])
+        looks.says(ax, f"{row.value:.2f}×", ends[1], place, 5)
+    looks.ratio_axis(ax, min(1, frame["value"].min()), max(1, frame["value"].max()), "tokens/s, ratio (log)")
+
+
+def published_ratios() -> pd.DataFrame:
+    """Published figures over the same source's own baseline: variant, kind (speed, memory, perplexity), ratio."""
+    rows = pd.read_csv(looks.PUBLISHED, keep_default_na=False).query("metric in @METRICS")
+    rows = rows.assign(value=rows["value"].astype(float), variant=rows["variant"].replace(SAME))
+    place = ["source", "model", "hardware", "batch_size", "metric"]
+    base = rows[rows["variant"].isin(BASES)].set_index(place)["value"]
+    rows = rows[~rows["variant"].isin(BASES)].join(base.rename("base"), on=place, how="inner")
+    kinds = rows["metric"].map(METRICS)
+    return rows.assign(kind=kinds.str[0], ratio=(rows["value"] / rows["base"]) ** kinds.str[1].astype(int))
+
+
+def _own_ratios(frame: pd.DataFrame) -> pd.DataFrame:
+    """Headline rows that a published row has the name of, with ratios to their baseline."""
+    need = frame.assign(need=frame["peak_bytes"].astype(float) - frame["resident_before_bytes"].astype(float))
+    base = need.set_index(["technique", "id"])[["need", "perplexity", "variant"]].add_prefix("base_")
+    mine = need[need["headline"]].join(base, on=["technique", "baseline"], how="inner")
+    mine = mine[mine["base_variant"].isin(BASES) & mine["variant"].isin(published_ratios()["variant"])]
+    return mine.assign(speed=mine["speedup"], memory=mine["need"] / mine["base_need"],
+                       perplexity=mine["perplexity"].astype(float) / mine["base_perplexity"].astype(float))
+
+
+@chart("Beside published figures", _own_ratios, lambda frame: looks.tall(frame) + 0.15)
+def beside(fig, frame):
+    """This machine's ratios to its baselines (filled) beside published ones to theirs (hollow): never joined."""
+    others, axes = published_ratios(), fig.subplots(1, 3, sharey=True)
+    for ax, kind in zip(axes, ("speed", "memory", "perplexity"), strict=True):
+        y, seen = looks.rows(ax, frame), [1.0]
+        for place, row in zip(y, frame.itertuples(), strict=True):
+            value, theirs = getattr(row, kind), others.query("variant == @row.variant and kind == @kind")["ratio"]
+            ax.plot(theirs, [place] * len(theirs), "o", mfc="none", mec=looks.ink(0.8), ls="", label="published")
+            ax.plot(value, place, "o", color=COLOURS[row.technique], label="this machine", ms=3)
+            seen += [v for v in (value, *theirs) if not pd.isna(v)]
+        looks.ratio_axis(ax, min(seen), max(seen) / 1.4, kind)
+        ax.tick_params(labelleft=ax is axes[0])
+    handles = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+    fig.legend(handles.values(), handles, loc="outside lower center", ncols=2)

@@ -2,7 +2,6 @@
 generated parts. `python -m helpers.report` writes README; with `--check` it only says whether README is stale."""
 
 import argparse
-import math
 import re
 import sys
 from pathlib import Path
@@ -11,23 +10,17 @@ import nbformat
 import pandas as pd
 
 from helpers import results, timing
+from helpers.answers import answers
+from helpers.claims import claims, interval
 from helpers.schema import Record, Results
 
+__all__ = ["answers", "claims"]
 ROOT = Path(__file__).resolve().parent.parent
-DATA = Path(__file__).with_name("data")
-ALIKE = 0.05  # two things are alike, or a size is met, within this share
 GB = 1e9
 
 
 def _number(value, form: str = ".2f") -> str:
     return "–" if value is None or pd.isna(value) else format(value, form)
-
-
-def _interval(value, interval, form: str = ".2f", unit: str = "") -> str:
-    if value is None or pd.isna(value):
-        return "–"
-    known = interval is not None and interval[0] is not None
-    return format(value, form) + unit + (f" [{interval[0]:{form}}, {interval[1]:{form}}]" if known else "")
 
 
 def _note(record: Record) -> str:
@@ -39,13 +32,13 @@ def table(records: list[Record]) -> pd.DataFrame:
     rows = [{
         "variant": r.variant,
         "tokens/s": _number(r.tokens_per_s, ".1f"),
-        "speed-up": "baseline" if r.baseline is None else _interval(r.speedup, r.speedup_ci95, unit="×"),
+        "speed-up": "baseline" if r.baseline is None else interval(r.speedup, r.speedup_ci95, unit="×"),
         "weights GB": _number(r.weight_bytes and r.weight_bytes / GB),
         "peak GB": _number(r.peak_bytes and r.peak_bytes / GB),
         "of limit": _number(r.decode_tokens_per_s and r.limit_tokens_per_s
                             and r.decode_tokens_per_s / r.limit_tokens_per_s, ".0%"),
         "perplexity": _number(r.perplexity),
-        "Δ nll (nats)": _interval(r.nll_delta, r.nll_delta_ci95, "+.4f"),
+        "Δ nll (nats)": interval(r.nll_delta, r.nll_delta_ci95, "+.4f"),
         "same token": _number(r.agreement, ".1%"),
         "note": _note(r),
     } for r in records]
@@ -60,86 +53,37 @@ def verdict(record: Record) -> str:
         return f"{record.variant}: no speed to compare."
     gain = timing.Ratio(record.speedup, *(record.speedup_ci95 or (None, None)))
     said = f"{record.variant} against {record.baseline}: {gain.verdict}, "
-    said += f"{_interval(gain.value, gain[1:])} times the speed"
+    said += f"{interval(gain.value, gain[1:])} times the speed"
     if record.nll_delta is not None:
         low, high = record.nll_delta_ci95 or (None, None)
         change = "no measurable loss of quality" if low is None or low <= 0 <= high else (
             "measurably worse" if low > 0 else "measurably better")
-        said += f"; {change} ({_interval(record.nll_delta, record.nll_delta_ci95, '+.4f')} nats a token)"
+        said += f"; {change} ({interval(record.nll_delta, record.nll_delta_ci95, '+.4f')} nats a token)"
     return said + "."
 
 
-def claims(records: list[Record], technique: str | None = None) -> pd.DataFrame:
-    """The article's claims beside what these records say: direction and size judged apart.
+def load(slugs: list[str], results_dir: str = "") -> tuple[dict[str, dict[str, Results]], list[str]]:
+    """Results by machine and lesson (none named: this machine's, else the only one's); sentences on what is missing.
 
-    Each claim compares one quantity of two records: speed (paired 95 % interval), memory (peak above what was
-    resident before), weights (bytes) or perplexity (interval of the paired log-likelihood). Direction: confirmed,
-    refuted or within noise; likeness is confirmed when the whole interval lies within 5 % of one. Size: met when
-    the article's figure lies in the interval widened by 5 %, else larger or smaller; "–" where it gives none.
-    A claim without its two records is "not measured".
+    Raises ValueError, in one sentence, for a machine without results.
     """
-    facts = pd.read_csv(DATA / "claims.csv")
-    if technique:
-        facts = facts[facts["technique"] == technique]
-    rows = [_judged(fact, records) for fact in facts.to_dict("records")]
-    return pd.DataFrame(rows).set_index("claim").rename_axis(None)
+    found, said = {}, []
+    for slug in slugs or [results.reference_slug(results_dir)]:
+        found[slug], refused = results.load_all(results_dir, slug)
+        if not found[slug]:
+            folder = Path(results_dir) if results_dir else ROOT / "notebooks" / "results"
+            known = ", ".join(sorted({p.parent.name for p in folder.glob("*/*.json")})) or "none"
+            raise ValueError(" ".join([*refused, f"No results for {slug}: run the lessons first (make run), or name "
+                                                 f"one of MACHINES that has some ({known})."]))
+        said += [*refused, f"{slug}: {len(found[slug])} lessons with results; none yet of "
+                           f"{', '.join(missing(found[slug])) or 'no lesson'}"]
+    return found, said
 
 
-def _judged(fact: dict, records: list[Record]) -> dict:
-    mine = {r.id: r for r in records if r.technique == fact["technique"] and r.status == "ok"}
-    one, other = mine.get(fact["variant"]), mine.get(fact["compared_with"])
-    said = None if pd.isna(fact["article_value"]) else fact["article_value"]
-    row = {"claim": fact["claim"],
-           "article": f"{said:.2f}× ({fact['article_figures']})" if said else fact["article_figures"]}
-    gain = RATIOS[fact["quantity"]](one, other) if one and other else None
-    if gain is None:
-        return row | {"here": "–", "direction": "not measured", "size": "–"}
-    low, high = gain.low or gain.value, gain.high or gain.value
-    holds, fails = {"up": (low > 1, high < 1), "down": (high < 1, low > 1),
-                    "alike": (1 - ALIKE <= low and high <= 1 + ALIKE, low > 1 + ALIKE or high < 1 - ALIKE)
-                    }[fact["direction"]]
-    size = "–" if said is None else "larger" if low / (1 + ALIKE) > said else (
-        "smaller" if high * (1 + ALIKE) < said else "met")
-    return row | {"here": _interval(gain.value, gain[1:] if gain.low else None, unit="×"),
-                  "direction": "confirmed" if holds else "refuted" if fails else "within noise", "size": size}
-
-
-def _speed_ratio(one: Record, other: Record) -> timing.Ratio | None:
-    """Speed of one over the other: from their own pairs, or through the baseline they share; never across engines."""
-    if one.engine != other.engine:
-        return None
-    if one.baseline == other.id:
-        return timing.ratio([p.baseline_s for p in one.pairs], [p.variant_s for p in one.pairs])
-    if one.baseline == other.baseline and len(one.latency_s) == len(other.latency_s):
-        return timing.ratio(other.latency_s, one.latency_s)
-    return None
-
-
-def _memory_ratio(one: Record, other: Record) -> timing.Ratio | None:
-    if None in (one.peak_bytes, other.peak_bytes) or one.peak_kind != other.peak_kind:
-        return None
-    own = [r.peak_bytes - r.resident_before_bytes for r in (one, other)]
-    return timing.Ratio(own[0] / own[1], None, None)
-
-
-def _weights_ratio(one: Record, other: Record) -> timing.Ratio | None:
-    if None in (one.weight_bytes, other.weight_bytes):
-        return None
-    return timing.Ratio(one.weight_bytes / other.weight_bytes, None, None)
-
-
-def _perplexity_ratio(one: Record, other: Record) -> timing.Ratio | None:
-    """exp of the paired difference where one was scored against the other, else the bare ratio."""
-    if one.baseline == other.id and one.nll_delta is not None:
-        return timing.Ratio(*(math.exp(x) for x in (one.nll_delta, *(one.nll_delta_ci95 or (one.nll_delta,) * 2))))
-    same = (one.eval_text, one.eval_tokens, one.eval_seq_len) == (other.eval_text, other.eval_tokens,
-                                                                  other.eval_seq_len)
-    if None in (one.perplexity, other.perplexity) or not same:
-        return None
-    return timing.Ratio(one.perplexity / other.perplexity, None, None)
-
-
-RATIOS = {"speed": _speed_ratio, "memory": _memory_ratio, "weights": _weights_ratio, "perplexity": _perplexity_ratio}
+def frame(found: dict[str, dict[str, Results]]) -> pd.DataFrame:
+    """Every record of every machine, a row each, its machine in a column (see `results.frame`)."""
+    return pd.concat([results.frame(all_records(lessons)).assign(machine=slug) for slug, lessons in found.items()],
+                     ignore_index=True)
 
 
 def all_records(found: dict[str, Results]) -> list[Record]:
@@ -165,18 +109,21 @@ def lessons(found: dict[str, Results]) -> str:
 
 
 def readme_parts(found: dict[str, Results], slug: str) -> dict[str, str]:
-    """README's generated parts in Markdown: "lessons", "results" and "claims"."""
+    """README's generated parts in Markdown: "lessons", "chart", "results" and "claims"."""
     records, parts = headline_records(found), {"lessons": lessons(found)}
     if not records:
-        return parts | {"results": "*No results yet.*", "claims": "*No results yet.*"}
+        return parts | dict.fromkeys(("chart", "results", "claims"), "*No results yet.*")
     full = table(records)
     full.insert(0, "technique", [r.technique.replace("_", " ") for r in records])
     full = full.reset_index(names="variant").set_index("technique").drop(columns=["note", "Δ nll (nats)"])
     first = next(iter(found.values()))
     run = f"{records[0].model}, {first.machine.cpu}, {first.machine.cores} cores (`{slug}`), " \
           f"{min(f.run.date for f in found.values())[:10]}. Intervals: 95 %. GB = 1e9 bytes."
-    judged = claims(all_records(found)).reset_index(names="the article's claim")
-    return parts | {"results": f"{run}\n\n{full.to_markdown()}", "claims": judged.to_markdown(index=False)}
+    chart = f'<picture>\n<source media="(prefers-color-scheme: dark)" srcset="figures/{slug}/speedup_dark.png">\n' \
+            f'<img alt="Speed of every variant against the baseline of the same run" width="525" ' \
+            f'src="figures/{slug}/speedup.png">\n</picture>'
+    judged = claims(all_records(found)).reset_index(names="the article's claim").to_markdown(index=False)
+    return parts | {"results": f"{run}\n\n{full.to_markdown()}", "claims": judged, "chart": chart}
 
 
 def render_readme(text: str, parts: dict[str, str]) -> str:
@@ -189,17 +136,37 @@ def render_readme(text: str, parts: dict[str, str]) -> str:
     return text
 
 
-def caption(found: dict[str, Results], what: str) -> str:
-    """A caption for write-ups: what is shown, model, machine, versions, date and conditions."""
+def caption(machines: dict[str, dict[str, Results]], what: str) -> str:
+    """A caption for write-ups: what is shown, and of each machine model, hardware, versions, date and conditions."""
+    return " ".join([what, *map(_conditions, machines.values()), "Greedy, each variant in pairs with its baseline; "
+                     "intervals 95 %. GB = 1e9 bytes."])
+
+
+def _conditions(found: dict[str, Results]) -> str:
     records, files = headline_records(found), list(found.values())
     place, versions = files[0].machine, files[0].machine.versions
     models = sorted({f"{r.model} ({r.model_revision})" if r.model_revision else r.model for r in records})
     hardware = ", ".join(g.name for g in place.gpus) or f"{place.cpu}, {place.cores} cores"
-    tokens = sorted({r.new_tokens for r in records if r.new_tokens})
-    return (f"{what} Model: {', '.join(models)}. Machine: {hardware}, {place.memory_bytes / GB:.0f} GB memory "
-            f"({place.slug}). {', '.join(f'{n} {versions[n]}' for n in ('torch', 'transformers') if n in versions)}. "
-            f"Measured {min(f.run.date for f in files)[:10]}; greedy, {', '.join(map(str, tokens))} new tokens, "
-            "each variant in pairs with its baseline; intervals 95 %. GB = 1e9 bytes.")
+    engines = sorted({f"{r.engine} {r.engine_version}" for r in records if r.engine_version})
+    numbers = {name: ", ".join(map(str, sorted({getattr(r, name) for r in records} - {None})))
+               for name in ("prompt_tokens", "new_tokens", "threads")}
+    baselines = [r.tokens_per_s for r in records if r.id == "fp32" and r.tokens_per_s]
+    drift = f" The fp32 baseline gave {min(baselines):.1f} to {max(baselines):.1f} tokens/s in different lessons: " \
+            "compare within a lesson." if len(baselines) > 1 else ""
+    return (f"Model: {', '.join(models)}. Machine: {hardware}, {place.memory_bytes / GB:.0f} GB memory ({place.slug}), "
+            f"threads: {numbers['threads']}. torch {versions.get('torch', 'unknown')}, {', '.join(engines)}. Measured "
+            f"{min(f.run.date for f in files)[:10]} to {max(f.run.date for f in files)[:10]}; prompts of "
+            f"{numbers['prompt_tokens']} tokens, {numbers['new_tokens']} new ones.{drift}")
+
+
+def write_table(frame: pd.DataFrame, folder: Path, name: str) -> None:
+    """A table for write-ups: `name`.csv, .md and .tex (booktabs)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(folder / f"{name}.csv")
+    (folder / f"{name}.md").write_text(frame.to_markdown() + "\n", encoding="utf-8")
+    signs = {"×": r"$\times$", "Δ": r"$\Delta$", "–": "--", "→": r"$\to$", "≤": r"$\le$"}
+    text = frame.to_latex(escape=True).translate(str.maketrans(signs))
+    (folder / f"{name}.tex").write_text(text, encoding="utf-8")
 
 
 def missing(found: dict[str, Results]) -> list[str]:

@@ -26,6 +26,7 @@ SMOKE = {  # small numbers for a quick run; each notebook takes those that are a
     "PROMPT_LENGTHS": [16, 64], "ORIGINAL_TOKENS": 200, "DEEP_TOKENS": 200, "CALIBRATION_TOKENS": 256,
     "BATCH_SIZES": [1, 4], "TRAIN_STEPS": 8, "TRAIN_BATCH": 1, "TRAIN_LENGTH": 64, "TASK_STEPS": 2,
     "FORGET_TOKENS": 100, "SERVE_TOKENS": 6, "SERVE_REQUESTS": 1, "SPARSITY_PERCENT": [30, 50],
+    "TRY_VLLM": False, "TRY_RAY": False,
 }
 PROFILES = {"full": {}, "smoke": SMOKE}
 

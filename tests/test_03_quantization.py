@@ -1,12 +1,14 @@
 """Lesson 03: bytes as predicted, the twin's function, GGUF read back, SmoothQuant's equivalence, round trips."""
 
+import copy
 import functools
+import sys
 
 import gguf
 import pytest
 import torch
 
-from helpers import machine, memory, models, timing
+from helpers import machine, memory, models, results, timing
 
 LESSON = "03_quantization"
 TORCH = ["fp32", "int8", "int8-threshold-0", "nf4", "nf4-dq", "fp4"]
@@ -16,7 +18,12 @@ SMOKE = {"ORIGINAL_TOKENS": 200, "DEEP_TOKENS": 200, "CALIBRATION_TOKENS": 256, 
 
 @pytest.fixture(scope="module")
 def lesson(definitions):
+    sys.path.insert(0, str(results.ROOT / "notebooks" / "workers"))
     return definitions(LESSON)
+
+
+def written(lesson, model, path, bits, prompt):
+    return lesson["gguf_file"].write(model, path, functools.partial(lesson["gguf_type"], bits=bits), prompt)
 
 
 def by_variant(found):
@@ -51,7 +58,7 @@ def test_small_blocks_contain_an_outlier(lesson):
 def test_nf4_by_hand_is_what_bitsandbytes_does(lesson):
     functional = lesson["bitsandbytes"].functional
     assert torch.allclose(lesson["nf4_levels"](), functional.get_4bit_type("nf4", device="cpu"), atol=1e-6)
-    w = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    w = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
     codes, state = functional.quantize_4bit(w, blocksize=64, quant_type="nf4")
     ours = lesson["nf4_by_hand"](w, 64)
     assert torch.allclose(ours, functional.dequantize_4bit(codes, state), atol=1e-6)
@@ -103,11 +110,12 @@ def test_llamacpp_reads_the_file_back(lesson, request, tmp_path, model):
             p.mul_(6 if p.ndim == 2 else 1)
     prompt = torch.tensor([[11, 222, 3333, 44, 5]])
     expected = timing.greedy(net, prompt, 12)().ids
-    end = int(net(prompt).logits[0, -1].argmin())
-    path = lesson["write_gguf"](net, tmp_path / "f32.gguf", "f32", end)
-    worker = lesson["Worker"](lesson["LLAMACPP"], path, machine.cores(), 256)
+    path = written(lesson, net, tmp_path / "f32.gguf", "f32", prompt)
+    worker = lesson["Worker"]("llamacpp", path, machine.cores(), 20)
     found = worker(prompt, 12)
+    peak = worker.peak()
     worker.close()
+    assert peak.peak_bytes > peak.resident_before_bytes > 0
     assert worker.process.returncode == 0
     assert found.ids == expected and len(set(expected[0])) > 3
     assert found.stamps_s == sorted(found.stamps_s) and found.prompt_tokens == 5
@@ -116,22 +124,26 @@ def test_llamacpp_reads_the_file_back(lesson, request, tmp_path, model):
 @pytest.mark.parametrize("bits", ["f32", "f16", "q8", "q4"])
 def test_files_are_as_large_as_predicted(lesson, tiny_llama, tmp_path, bits):
     net = models.load(tiny_llama)
-    tensors = gguf.GGUFReader(lesson["write_gguf"](net, tmp_path / "x.gguf", bits, 7)).tensors
-    assert sum(int(t.n_bytes) for t in tensors) == lesson["predicted_bytes"](net, bits)
-    kinds = {t.name: t.tensor_type.name for t in tensors}
+    path = written(lesson, net, tmp_path / "x.gguf", bits, torch.tensor([[11, 222]]))
+    assert lesson["gguf_file"].tensor_bytes(path) == lesson["predicted_bytes"](net, bits)
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors}
     assert kinds["token_embd.weight"] == {"f32": "F32", "f16": "F16"}.get(bits, "Q8_0")
     assert kinds["blk.0.ffn_down.weight"] == {"f32": "F32", "f16": "F16", "q8": "Q8_0", "q4": "Q4_1"}[bits]
 
 
 def test_rows_are_paired_within_each_head(lesson):
     weight = torch.arange(12).reshape(12, 1).numpy()
-    assert lesson["pair_rows"](weight, 2).flatten().tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+    assert lesson["gguf_file"].pair_rows(weight, 2).flatten().tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
 
 
 def test_the_original_grid_flatters_one_scheme(lesson, tiny_llama):
+    def there_and_back(model):
+        codes = lesson["gguf_file"].pack(model, functools.partial(lesson["gguf_type"], bits="q4"))
+        return lesson["gguf_file"].unpack(codes, copy.deepcopy(model))
+
     net = models.load(tiny_llama)
-    once = lesson["through_gguf"](net, "q4")
-    twice = lesson["through_gguf"](once, "q4")
+    once = there_and_back(net)
+    twice = there_and_back(once)
     change = [float((a - b).detach().abs().max()) for a, b in zip(once.parameters(), twice.parameters(), strict=True)]
     first = max(float((a - b).detach().abs().max()) for a, b in zip(net.parameters(), once.parameters(), strict=True))
     assert max(change) < first / 20
@@ -194,7 +206,8 @@ def check_records(found, twin: bool):
     assert kept["llamacpp-f32"].peak_bytes >= kept["llamacpp-f32"].weight_bytes
     steps = [r for r in found.records if r.sweep == "batch_size"]
     assert {r.batch_size for r in steps} == set(SMOKE["BATCH_SIZES"])
-    assert all(r.details["dequantize_s"] > 0 for r in steps if r.variant.startswith("nf4") and r.device == "cpu")
+    assert all(r.details["dequantize_s"] + r.details["fused_s"] > 0 for r in steps
+               if r.variant.startswith("nf4") and r.device == "cpu")
     assert kept["deep-fp32"].details["smoothing_logit_change"] < 1e-2
     assert all(r.reason for r in found.records if r.status != "ok")
 

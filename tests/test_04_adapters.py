@@ -10,14 +10,13 @@ import torch
 from helpers import models, results
 
 LESSON = "04_adapters"
-SMALL = {"TRAIN_STEPS": 8, "TRAIN_LENGTH": 64, "TASK_STEPS": 2, "FORGET_TOKENS": 100, "SERVE_TOKENS": 6,
-         "SERVE_REQUESTS": 1}
 TRAINED = ("lora", "qlora", "llama-adapter")
+HEADLINE = ["base", "lora", "lora-merged", "llama-adapter", "nf4", "qlora", "merged-then-nf4"]
 
 
 @pytest.fixture(scope="module")
 def records(run_lesson):
-    return {r.id: r for r in run_lesson(LESSON, **SMALL).records}
+    return {r.id: r for r in run_lesson(LESSON).records}
 
 
 @pytest.fixture
@@ -45,9 +44,18 @@ def trainable(net) -> int:
 # the records of a run on the default model
 
 
-def test_headline_variants(records):
-    headline = [r.id for r in records.values() if r.sweep is None]
-    assert headline == ["base", "lora", "lora-merged", "qlora", "llama-adapter", "merged-then-nf4"]
+def test_headline_variants_are_timed_weighed_and_scored(records):
+    assert [r.id for r in records.values() if r.sweep is None] == HEADLINE
+    for r in (records[name] for name in HEADLINE):
+        assert r.status == "ok" and r.weight_bytes and r.peak_bytes > r.resident_before_bytes
+        assert r.perplexity and r.limit_tokens_per_s
+        assert ("out_of_domain_perplexity" in r.details) == ("merged" not in r.id)
+        assert r.id == "base" or (r.speedup and r.pairs and r.nll_delta_ci95 and r.agreement)
+
+
+def test_rows_of_many_tasks(records):
+    assert {r.id for r in records.values() if r.sweep == "tasks"} == {"three-models", "three-adapters"}
+    assert {r.id for r in records.values() if r.sweep == "serving"} == {"serve-base", "serve-mixed", "serve-in-turns"}
     assert all(r.status == "ok" for r in records.values())
 
 
@@ -99,19 +107,23 @@ def test_reload_in_a_fresh_process_gives_the_same_tokens(records):
 
 def test_server_gives_each_adapter_what_peft_gives(records):
     mixed = records["serve-mixed"]
-    assert mixed.engine == "vllm" and mixed.sweep == "adapters"
+    assert mixed.engine == "vllm" and mixed.speedup
+    assert mixed.details["distinct_texts"] > 2  # else the wrong adapter would not be seen
     assert mixed.details["same_tokens_as_peft"] == [1.0] * (mixed.details["adapters"] + 1)
     assert mixed.batch_size == mixed.details["requests"] == records["serve-base"].batch_size
 
 
 def test_three_adapters_weigh_less_than_three_models(records):
-    found = records["serve-mixed"].details
-    assert found["one_base_bytes"] < 0.5 * found["merged_models_bytes"]
-    assert len(found["set_adapter_s"]) == found["adapters"]
+    one, three = records["three-adapters"], records["three-models"]
+    assert three.weight_bytes == one.details["adapters"] * records["base"].weight_bytes
+    adapters_bytes = one.weight_bytes - records["base"].weight_bytes
+    assert adapters_bytes == one.details["adapters"] * 4 * records["lora"].details["trainable_parameters"]
+    assert one.peak_bytes - one.resident_before_bytes < 0.6 * (three.peak_bytes - three.resident_before_bytes)
+    assert len(one.details["set_adapter_s"]) == one.details["adapters"]
 
 
 def test_committed_run_improves_by_a_fifth():
-    """In the reference run held-out perplexity falls by a fifth, and its interval leaves no doubt that it falls."""
+    """In the reference run held-out perplexity falls by a fifth, and by a tenth at the least."""
     found, _ = results.load_all(slug=results.reference_slug())
     if LESSON not in found:
         pytest.skip("no reference run is committed yet")
@@ -149,8 +161,9 @@ def test_training_moves_the_adapter_and_nothing_else(own, request, kind, tmp_pat
     config = lora_config(own, net)
     found = own["learn"](lambda: net, config, [rows] * 8, 0.02, tmp_path / "adapter")
     assert found["train_losses"][-1] < found["train_losses"][0]
+    after = {name.replace(".base_layer", ""): p for name, p in net.named_parameters() if "lora_" not in name}
+    assert after.keys() == before.keys() and all(torch.equal(p, before[name]) for name, p in after.items())
     again = models.load(request.getfixturevalue(kind))
-    assert all(torch.equal(p, before[name]) for name, p in again.named_parameters())
     tuned = peft.PeftModel.from_pretrained(again, tmp_path / "adapter").eval()
     with torch.no_grad():
         apart = tuned(rows).logits
@@ -218,6 +231,25 @@ def test_a_text_file_is_split_into_disjoint_rows(own, tmp_path):
     assert len(training) == 8 and not set(training) & set(heldout)
 
 
+def test_a_folder_s_columns_become_text(own, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "rows").mkdir()
+    rows = "".join(f"question {i},answer {i}\n" for i in range(10))
+    (tmp_path / "rows" / "train.csv").write_text("instruction,output\n" + rows, encoding="utf-8")
+    training, heldout = own["texts"](str(tmp_path / "rows"), asked=True)
+    assert heldout.content == "question 0\nanswer 0\n\nquestion 5\nanswer 5"
+    assert training.content.count("answer") == 8 and training.name == "rows/training"
+
+
+def test_a_data_set_that_is_not_there(own, tmp_path, capsys):
+    nowhere = str(tmp_path / "nowhere" / "at" / "all")
+    with pytest.raises(ValueError, match=r"^DATASET='.*' is no file or folder here and no data set .* hub\.$"):
+        own["texts"](nowhere, asked=True)
+    assert own["texts"](nowhere, asked=False)[0] == models.text("training")
+    assert "the embedded text is used" in capsys.readouterr().out
+
+
 def test_break_even(own):
     found = list(own["break_even"](change_s=1.0, extra_s=0.01, model_bytes=1000, adapter_bytes=10, each_s=2.0,
                                    mixed_s=3.0).values())
@@ -227,11 +259,10 @@ def test_break_even(own):
 
 
 def test_the_lesson_runs_on_falcon(run_lesson, tiny_falcon):
-    found = {r.id: r for r in run_lesson(LESSON, MODEL=tiny_falcon, EVAL_TOKENS=64, REPEATS=1, WARMUP=0,
-                                         **SMALL | {"TRAIN_LENGTH": 32, "TRAIN_STEPS": 3}).records}
+    small = {"EVAL_TOKENS": 64, "REPEATS": 1, "WARMUP": 0, "TRAIN_STEPS": 3, "TRAIN_LENGTH": 32}
+    found = {r.id: r for r in run_lesson(LESSON, MODEL=tiny_falcon, **small).records}
     assert found["llama-adapter"].status == "unsupported" and "falcon" in found["llama-adapter"].reason
-    four_bit = [found[name] for name in ("qlora", "nf4", "merged-then-nf4", "qlora-merged")]
-    for r in four_bit:  # never 4-bit in name only
+    for r in (found[name] for name in ("nf4", "qlora", "merged-then-nf4", "qlora-merged")):  # never 4-bit in name only
         assert r.status == "unsupported" or r.weight_bytes < found["base"].weight_bytes
     assert found["lora"].details["trainable_parameters"] == found["lora"].details["parameters_predicted"]
     assert found["lora"].details["reload_same"] is True

@@ -11,12 +11,25 @@ from vllm import LLM, SamplingParams
 from helpers import memory
 
 
+def engine(job: dict) -> LLM:
+    """vLLM, its model cut for `ranks` workers; executor: "mp" (processes of one machine) or "ray" (of a cluster)."""
+    extra = {"gpu_memory_utilization": 0.5} if job["place"] == "cuda" else {}
+    return LLM(job["model"], tensor_parallel_size=job["ranks"], distributed_executor_backend=job["executor"],
+               dtype="float32", max_model_len=256, enforce_eager=True, enable_prefix_caching=False,
+               disable_log_stats=True, **extra)
+
+
+def own_bytes(model) -> int:
+    """Bytes of weights that a worker holds, tied ones once."""
+    return sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values())
+
+
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     before = memory.tree_pss(os.getpid())["pss_bytes"]
-    extra = {"gpu_memory_utilization": 0.5} if job["place"] == "cuda" else {}
-    llm = LLM(job["model"], dtype="float32", tensor_parallel_size=job["ranks"], max_model_len=256, enforce_eager=True,
-              enable_prefix_caching=False, disable_log_stats=True, seed=0, **extra)
+    llm = engine(job)
+    weights = llm.apply_model(own_bytes)
+    print(*(f"[rank{n}]: {size / 1e6:.0f} MB of weights here" for n, size in enumerate(weights)), sep="\n", flush=True)
     wanted = SamplingParams(temperature=0, max_tokens=job["new_tokens"], ignore_eos=True)
 
     def call(number: int) -> dict:
@@ -30,8 +43,8 @@ def main() -> None:
                 "batch_size": 1, "ids": [ids]}
 
     runs = [call(n) for n in range(job["warmup"] + job["repeats"])]
-    tree = memory.tree_pss(os.getpid())["pss_bytes"]
-    Path(job["folder"], f"{job['name']}-0.json").write_text(json.dumps({"runs": runs, "before": before, "tree": tree}))
+    found = {"runs": runs, "own_bytes": weights, "before": before, "tree": memory.tree_pss(os.getpid())["pss_bytes"]}
+    Path(job["folder"], f"{job['name']}-0.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":  # vLLM imports this file again in its workers

@@ -3,18 +3,23 @@
 torchrun starts it, once a rank: `torchrun --nproc-per-node 3 parallel.py JOB.json`.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import json
 import os
+import signal
+import socket
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -91,18 +96,21 @@ def communication_share(call) -> float:
 
 def link(ranks: int, device: str, large: int = 4_000_000) -> dict:
     """Seconds that a small all-reduce takes, and bytes per second that a rank sends in a large one."""
+    group = dist.new_group(range(ranks))
+
     def seconds(numbers: int, times: int) -> float:
         x, taken = torch.ones(numbers, device=device), []
-        for _ in range(times):
+        for _ in range(times if dist.get_rank() < ranks else 0):
             timing.synchronize(device)
             start = time.perf_counter()
-            dist.all_reduce(x)
+            dist.all_reduce(x, group=group)
             timing.synchronize(device)
             taken.append(time.perf_counter() - start)
-        return sorted(taken)[times // 2]
+        return sorted(taken or [0.0])[len(taken) // 2]
 
-    small = seconds(512, 41)
-    return {"message_s": small, "link_bytes_per_s": 2 * (ranks - 1) / ranks * 4 * large / (seconds(large, 7) - small)}
+    small, whole = seconds(512, 41), seconds(large, 7)
+    dist.barrier()
+    return {"message_s": small, "link_bytes_per_s": 2 * (ranks - 1) / ranks * 4 * large / max(whole - small, 1e-9)}
 
 
 def loopback_bytes() -> int:
@@ -122,41 +130,92 @@ def score(model, windows, device: str) -> dict:
     return found
 
 
-def generate(job: dict, device: str, rank: int, ranks: int) -> dict:
-    """Load this rank's part; then memory, speed, communication and quality, each in a pass of its own."""
-    made = {}
+def generate(job: dict, device: str, ranks: int) -> dict:
+    """Load this rank's part; then memory (and bytes sent), speed, communication's time and quality, a pass for each."""
+    made, traffic = {}, Traffic(ranks)
+
+    def counted():
+        before = loopback_bytes()
+        with traffic if ranks > 1 else contextlib.nullcontext():
+            made["call"]()
+        made["wire_bytes"] = loopback_bytes() - before
 
     def factory():
         made["model"] = load_part(job, device)
         made["call"] = timing.greedy(made["model"], torch.tensor([job["prompt"]]), job["new_tokens"])
-        return made["call"]
+        return counted
 
     peak = memory.peak_of(factory, device)
+    print(f"{own_bytes(made['model']) / 1e6:.0f} MB of weights here", flush=True)
     runs = [dataclasses.asdict(made["call"]()) for _ in range(job["warmup"] + job["repeats"])]
     found = {"peak": dataclasses.asdict(peak), "runs": runs, "own_bytes": own_bytes(made["model"])}
     if ranks > 1:
-        before = loopback_bytes()
-        made["call"]()
-        found["wire_bytes"] = loopback_bytes() - before
-        with Traffic(ranks) as traffic:
-            made["call"]()
-        found |= {"sent": traffic.sent, "messages": traffic.messages, "share": communication_share(made["call"])}
+        found |= {"sent": traffic.sent, "messages": traffic.messages, "wire_bytes": made["wire_bytes"],
+                  "share": communication_share(made["call"])}
+    print(f"{runs[-1]['latency_s']:.2f} s a generation", flush=True)
     return found | score(made["model"], job["windows"], device)
+
+
+def break_down(how: str, rank: int, ranks: int) -> dict:
+    """A fault to see: the last rank raises an error, or sleeps, while the others wait for it."""
+    if rank == ranks - 1:
+        if how == "dies":
+            raise ValueError("this rank came upon something that it cannot do")
+        time.sleep(3600)
+    dist.all_reduce(torch.ones(1))
+    return {}
+
+
+def show_where(number: int, frame) -> None:
+    """Signal handler of a rank that does not answer: say where it is, and end."""
+    traceback.print_stack(frame)
+    print("this rank did not answer its peers: the stack above is where it was", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def call_on_silent(store, rank: int, ranks: int, wait_s: float) -> None:
+    """A collective timed out: the ranks that do not even wait are the ones that hang. Here, they are made to end."""
+    store.set(f"waits-{rank}", "")
+    time.sleep(2)  # the others' collective times out now too
+    silent = [n for n in range(ranks) if not store.check([f"waits-{n}"])]
+    print(f"no answer from rank {silent} within {wait_s:g} s", file=sys.stderr, flush=True)
+    for host, pid in (json.loads(store.get(f"process-{n}")) for n in silent):
+        if host == socket.gethostname():
+            os.kill(pid, signal.SIGUSR1)
+            os.kill(pid, signal.SIGCONT)  # it may have been stopped
+
+
+def together(store, rank: int, ranks: int, wait_s: float, work) -> dict:
+    """Do this rank's work; when it fails for another rank's fault, let that rank end first, so that it is named."""
+    signal.signal(signal.SIGUSR1, show_where)
+    store.set(f"process-{rank}", json.dumps([socket.gethostname(), os.getpid()]))
+    try:
+        return work()
+    except RuntimeError as error:
+        if "imed out" in str(error):
+            call_on_silent(store, rank, ranks, wait_s)
+        time.sleep(3)
+        raise
 
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(job["threads"])
     device = f"cuda:{os.environ['LOCAL_RANK']}" if job["place"] == "cuda" else "cpu"
     if job["place"] == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if job["place"] == "cuda" else "gloo", timeout=datetime.timedelta(seconds=60))
-    if job["strategy"] == "link":
-        found = link(ranks, device)
-    else:
-        found = generate(job, device, rank, ranks)
-        print(f"{found['own_bytes'] / 1e6:.0f} MB of weights here, {found['runs'][-1]['latency_s']:.2f} s a generation")
+    store, rank, ranks = next(rendezvous("env://"))  # where ranks meet: torchrun tells each the address and its number
+    dist.init_process_group("nccl" if job["place"] == "cuda" else "gloo", store=dist.PrefixStore("group", store),
+                            rank=rank, world_size=ranks, timeout=datetime.timedelta(seconds=job["wait_s"]))
+
+    def work() -> dict:
+        if job["strategy"] in ("dies", "hangs"):
+            return break_down(job["strategy"], rank, ranks)
+        if job["strategy"] == "link":
+            return {str(n): link(n, device) for n in job["sizes"]}
+        return generate(job, device, ranks)
+
+    found = together(store, rank, ranks, job["wait_s"], work)
     Path(job["folder"], f"{job['name']}-{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

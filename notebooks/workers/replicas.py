@@ -1,4 +1,4 @@
-"""Ray Serve LLM with one replica, for lesson 07: `python replicas.py JOB.json`."""
+"""Ray Serve LLM with its replicas, for lesson 07: `python replicas.py JOB.json`."""
 
 import json
 import sys
@@ -11,16 +11,22 @@ from ray import serve
 from ray.serve.llm import LLMConfig, build_openai_app
 
 
-def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text())
+def deploy(job: dict) -> None:
+    """A cluster of this machine, an HTTP server on loopback, and behind it copies of vLLM."""
     ray.init(num_cpus=job["cores"], include_dashboard=False, log_to_driver=False)
     engine = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True, "distributed_executor_backend": "mp"}
-    config = LLMConfig(model_loading_config={"model_id": "lesson", "model_source": job["model"]}, accelerator_type=None,
-                       placement_group_config={"bundles": [{"CPU": 1}]}, engine_kwargs=engine,
-                       deployment_config={"num_replicas": 1}, log_engine_metrics=False)
+    model = {"model_id": "lesson", "model_source": job["model"]}
+    cpu = {"accelerator_type": None, "placement_group_config": {"bundles": [{"CPU": 1}]}}
+    config = LLMConfig(model_loading_config=model, engine_kwargs=engine, deployment_config={"num_replicas": 1},
+                       log_engine_metrics=False, **(cpu if job["place"] == "cpu" else {}))
     serve.start(http_options={"host": "127.0.0.1", "port": job["port"]})
     serve.run(build_openai_app({"llm_configs": [config]}))
-    body = {"model": "lesson", "prompt": job["prompt"], "max_tokens": job["new_tokens"], "temperature": 0,
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    deploy(job)
+    body = {"model": "lesson", "prompt": job["text"], "max_tokens": job["new_tokens"], "temperature": 0,
             "ignore_eos": True}
     request = urllib.request.Request(f"http://127.0.0.1:{job['port']}/v1/completions", json.dumps(body).encode(),
                                      {"Content-Type": "application/json"})
@@ -29,7 +35,8 @@ def main() -> None:
         start = time.perf_counter()
         answer = json.load(urllib.request.urlopen(request, timeout=120))
         taken.append(time.perf_counter() - start)
-    Path(job["folder"], "ray.json").write_text(json.dumps({"taken": taken, "text": answer["choices"][0]["text"]}))
+    found = {"taken": taken, "text": answer["choices"][0]["text"]}
+    Path(job["folder"], f"{job['name']}-0.json").write_text(json.dumps(found))
     serve.shutdown()
     ray.shutdown()
 

@@ -1,0 +1,153 @@
+"""Charts of batches, of ranks and of what fits where; `plots` offers them beside its own."""
+
+import re
+
+import numpy as np
+import pandas as pd
+from matplotlib import colormaps
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from helpers import looks
+from helpers.looks import COLOURS, GIGABYTES, PUBLISHED, SMALL, chart, detail, ink, of, says, tall
+
+BATCHED = ["one-by-one", "static-transformers", "static-vllm", "continuous-vllm"]  # the three-way comparison
+QUANTILES = {"p50": "-", "p95": "--", "p99": ":"}
+
+
+@chart("Throughput of a mixed workload", of("continuous_batching"), lambda frame: tall(frame) + 0.1)
+def batching(fig, frame):
+    """Useful tokens/s: one by one, static batches, continuous; what engine and scheduler gave drawn apart."""
+    order = {name: at for at, name in enumerate(BATCHED)}
+    frame = frame.sort_values("id", key=lambda ids: ids.map(order).fillna(len(order)), kind="stable")
+    ax = fig.subplots()
+    y = dict(zip(frame["id"], looks.bars(ax, frame, "tokens_per_s", "{:.0f}".format, "useful tokens/s"), strict=True))
+    speed, edge = frame.set_index("id")["tokens_per_s"].astype(float), ax.get_xlim()[1]
+    found = frame.set_index("id")
+    steps = {("one-by-one", "static-transformers"): ("batching", speed.get("static-transformers", np.nan)
+                                                     / speed.get("one-by-one", np.nan)),
+             ("static-transformers", "static-vllm"): ("engine", detail(found, "engine_factor").get("static-vllm")),
+             ("static-vllm", "continuous-vllm"): ("scheduler",
+                                                  detail(found, "scheduler_factor").get("continuous-vllm"))}
+    for (one, other), (name, factor) in steps.items():
+        if one in y and other in y and not pd.isna(factor):
+            ax.annotate("", (edge, y[other]), (edge, y[one]), arrowprops={"arrowstyle": "->", "lw": 0.8,
+                                                                          "color": ink(0.8)})
+            says(ax, f"{name}\n{factor:.1f}×", edge, (y[one] + y[other]) / 2)
+    ax.set_xlim(0, edge * 1.3)
+    if len(y) > len(order & y.keys()) > 0:
+        ax.axhline(max(y[name] for name in order if name in y) + 0.5, color=ink(0.4), lw=0.6)
+
+
+def _curve(ax, rows: pd.DataFrame, x: str, y: str, label: str, **look) -> None:
+    """A line through rows, named at its right end."""
+    rows = rows.dropna(subset=[x, y]).sort_values(x)
+    if len(rows):
+        ax.plot(rows[x], rows[y], **{"marker": "v", "color": COLOURS["continuous_batching"]} | look)
+        says(ax, label, rows[x].iloc[-1], rows[y].iloc[-1], 5)
+
+
+def _panels(frame: pd.DataFrame) -> list[str]:
+    return [name for name in ("batch_size", "request_rate") if (frame["sweep"] == name).any()]
+
+
+@chart("Throughput against latency", of("continuous_batching", "batch_size", "request_rate"),
+       lambda frame: 0.4 + 1.5 * sum({"batch_size": 1, "request_rate": 3}[name] for name in _panels(frame)))
+def throughput_latency(fig, frame):
+    """What batches cost each user: tokens/s against time per token by batch size; latencies and goodput by the rate
+    of requests, with the objectives they are held against."""
+    sweeps, both = _panels(frame), "batch_size" in _panels(frame)
+    axes = np.atleast_1d(fig.subplots(both + 3 * ("request_rate" in sweeps)))
+    if both:
+        rows = frame[frame["sweep"] == "batch_size"].assign(ms=lambda r: 1e3 * r["batch_size"] / r["tokens_per_s"])
+        best = rows.assign(ms=1e3 * rows["batch_size"] / rows["limit_tokens_per_s"].astype(float))
+        for engine, group in rows.groupby("engine"):
+            _curve(axes[0], group, "tokens_per_s", "ms", engine)
+            for row in group.itertuples():
+                axes[0].annotate(row.batch_size, (row.tokens_per_s, row.ms), (0, 5), ha="center",
+                                 textcoords="offset points", **SMALL)
+        _curve(axes[0], best, "limit_tokens_per_s", "ms", "limit", ls="--", marker="", color=ink(0.5))
+        axes[0].set(xlabel="tokens/s of the whole batch (number: batch size)", ylabel="ms a token", ylim=(0, None))
+        axes[0].margins(x=0.2, y=0.2)
+    if "request_rate" in sweeps:
+        _rates(axes[both:], frame[frame["sweep"] == "request_rate"])
+
+
+def _rates(axes, rows: pd.DataFrame) -> None:
+    """Three panels over the rate of requests: time to first token, between tokens, and requests within both limits."""
+    names = [name for name in dict.fromkeys(key for details in rows["details"] for key in details)]
+    rows = rows.assign(**{name: pd.to_numeric(detail(rows, name), errors="coerce") for name in names})
+    for ax, what, label in zip(axes, ("ttft", "inter_token"), ("first token (s)", "next token (s)"), strict=False):
+        for quantile, line in QUANTILES.items():
+            _curve(ax, rows, "request_rate_per_s", f"{what}_{quantile}_s", quantile, ls=line)
+        for objective in set(rows.get(f"objective_{what}_s", pd.Series(dtype=float)).dropna()):
+            ax.axhline(objective, color=ink(0.6), lw=0.8)
+            says(ax, "objective", rows["request_rate_per_s"].min(), objective, 0, va="bottom", color=ink(0.7))
+        ax.set(ylabel=label, yscale="log")
+        ax.margins(x=0.15)
+    ideal = rows.assign(goodput_per_s=rows["request_rate_per_s"])
+    _curve(axes[-1], ideal, "request_rate_per_s", "goodput_per_s", "all", marker="", color=ink(0.5), ls="--")
+    _curve(axes[-1], rows, "request_rate_per_s", "goodput_per_s", "in time")
+    for row in rows[rows["failed_requests"] > 0].itertuples():
+        says(axes[-1], f"{row.failed_requests:.0f} failed", row.request_rate_per_s, row.goodput_per_s, 3, va="top")
+    axes[-1].set(xlabel="requests/s sent", ylabel="requests/s in time", ylim=(0, None))
+    axes[-1].margins(x=0.15)
+
+
+@chart("Several ranks", of("multiple_gpus"), lambda frame: 3.1 + 0.19 * len(frame))
+def ranks(fig, frame):
+    """Weights a rank and tokens/s by number of ranks; below, in a panel of their own, what others published."""
+    frame = frame.sort_values("world_size", kind="stable")
+    frame = frame.assign(rank_weight_bytes=detail(frame, "rank_weight_bytes").fillna(frame["weight_bytes"]),
+                         variant=frame["variant"] + " · " + frame["world_size"].astype(str))
+    grid = fig.add_gridspec(2, 2, height_ratios=[0.5 + 0.19 * len(frame), 1.9])
+    left = fig.add_subplot(grid[0, 0])
+    right = fig.add_subplot(grid[0, 1], sharey=left)
+    looks.bars(left, frame, "rank_weight_bytes", lambda v: f"{v / 1e9:.2f}", "GB of weights a rank")
+    looks.bars(right, frame, "tokens_per_s", "{:.1f}".format, "tokens/s" + cpu_ranks(frame))
+    left.xaxis.set_major_formatter(GIGABYTES)
+    left.xaxis.set_major_locator(MaxNLocator(4))
+    right.tick_params(labelleft=False)
+    _published_ranks(fig.add_subplot(grid[1, :]))
+
+
+def cpu_ranks(frame: pd.DataFrame) -> str:
+    """A warning under an axis of speeds where ranks are processes that share one CPU."""
+    on = detail(frame, "ranks_on").fillna(frame["device"].str[:3].map({"cpu": "cpu"}))
+    return " (ranks share one CPU)" if ((on == "cpu") & (frame["world_size"] > 1)).any() else ""
+
+
+def _published_ranks(ax) -> None:
+    """Published tokens/s against the number of GPUs: hollow, a line for each source, model and way to cut."""
+    rows = pd.read_csv(PUBLISHED).query("technique == 'multiple_gpus' and metric == 'tokens_per_s'")
+    rows = rows.assign(gpus=rows["hardware"].str.extract(r"^(\d+)x", expand=False).astype(float),
+                       way=rows["variant"].str.replace(r"\d+$", "", regex=True))
+    for at, ((source, model, way), group) in enumerate(rows.groupby(["source", "model", "way"], sort=False)):
+        source = re.split(r"[ :.]", source)[0]
+        _curve(ax, group, "gpus", "value", f"{model} {way}, {source}", mfc="none", color=ink(0.7),
+               marker="osD^vP"[at % 6], lw=0.7)
+    ax.set(xscale="log", yscale="log", xlim=(0.9, 40), xlabel="GPUs (published by others, on their hardware)",
+           ylabel="tokens/s")
+    looks.plain_log(ax.xaxis, [1, 2, 4, 8])
+    looks.plain_log(ax.yaxis, [1, 10, 100])
+
+
+@chart("What fits where", lambda plan: plan, lambda plan: 0.9 + 0.27 * plan["technique"].nunique())
+def fit(fig, plan):
+    """What fits where (`planner.plan` of one model): GB in each cell; blue fits on one GPU, with its best tokens/s."""
+    techniques, gpus, ax = list(plan["technique"].unique()), list(plan["gpu"].unique()), fig.subplots()
+    fig.set_figwidth(max(3.5, 0.9 + 0.43 * len(gpus)))
+    for row in plan.to_dict("records"):
+        x, y, fits = gpus.index(row["gpu"]), techniques.index(row["technique"]), row["fits"]
+        share = min(1.0, row["total_bytes"] / row["gpu_memory_bytes"])
+        ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, lw=1, ec=ax.get_facecolor(),
+                                   fc=colormaps["Blues"](0.15 + 0.4 * share) if fits else ink(0.1)))
+        said = f"{row['limit_tokens_per_s']:.0f} t/s" if fits else (
+            "–" if pd.isna(row["fewest_gpus"]) else f"{row['fewest_gpus']} GPUs")
+        ax.text(x, y, f"{row['total_bytes'] / 1e9:.1f}\n{said}", ha="center", va="center", fontsize=5.5,
+                color="#000000" if fits else ink(0.75))
+    ax.set_xticks(range(len(gpus)), gpus, rotation=35, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(len(techniques)), techniques)
+    ax.set(xlim=(-0.5, len(gpus) - 0.5), ylim=(len(techniques) - 0.5, -0.5))
+    ax.grid(visible=False)
+    ax.tick_params(length=0)

@@ -1,0 +1,113 @@
+"""A transformers model as a GGUF file, for lesson 03: header, tensors under llama.cpp's names, and the way back.
+
+Which type each tensor gets is the caller's choice: that is the quantization, and it stands in the lesson.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+
+from helpers import quality
+
+ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "falcon": "FALCON"}  # as the gguf package names them
+
+
+def refuse(config) -> None:
+    """Raises NotImplementedError for an architecture that is not described here."""
+    if (config.model_type not in ARCHITECTURES or getattr(config, "alibi", False)
+            or getattr(config, "new_decoder_architecture", False) or config.rope_parameters["rope_type"] != "default"):
+        raise NotImplementedError(f"this lesson writes no GGUF for this kind of {config.model_type} model; "
+                                  "llama.cpp's converter may")
+
+
+def write_header(writer: gguf.GGUFWriter, config, end_id: int) -> None:
+    """The architecture, and token ids in the place of words: tokenization stays with transformers."""
+    heads, falcon = config.num_attention_heads, config.model_type == "falcon"
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.ffn_hidden_size if falcon else config.intermediate_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv((1 if config.multi_query else config.num_kv_heads) if falcon
+                             else config.num_key_value_heads)
+    writer.add_layer_norm_eps(config.layer_norm_epsilon) if falcon else writer.add_layer_norm_rms_eps(
+        config.rms_norm_eps)
+    writer.add_rope_dimension_count(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([f"<{i}>" for i in range(config.vocab_size)])
+    writer.add_token_merges(["< 0"])
+    writer.add_eos_token_id(end_id)  # llama.cpp stops at it
+
+
+def pair_rows(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of each head from halves (0 1 2 | 3 4 5) to pairs (0 3 | 1 4 | 2 5), as llama.cpp's rotary embedding
+    wants LLaMA's queries and keys."""
+    return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def tensors(model):
+    """Name and array of every tensor as llama.cpp wants them; a tied head is left out."""
+    config, tied = model.config, model.config.tie_word_embeddings
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[ARCHITECTURES[config.model_type]], config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if not (tied and name.startswith("lm_head")):
+            array = tensor.cpu().float().numpy()
+            if config.model_type != "falcon" and name.split(".")[-2] in ("q_proj", "k_proj"):
+                of_queries = name.split(".")[-2] == "q_proj"
+                array = pair_rows(array, config.num_attention_heads if of_queries else config.num_key_value_heads)
+            yield names.get_name(name, (".weight", ".bias")), array
+
+
+def unlikely(model, prompt: torch.Tensor) -> int:
+    """The token that the model is least likely to say after a prompt: a harmless end, since llama.cpp wants one."""
+    with torch.no_grad():
+        return int(model(prompt.to(model.device)).logits[0, -1].argmin())
+
+
+def write(model, path: Path, type_of: Callable, prompt: torch.Tensor) -> Path:
+    """Write the file; `type_of(name, shape)` is each tensor's type. What cannot be described is refused.
+
+    prompt : token ids that will be continued, for the end-of-text token.
+    """
+    refuse(model.config)
+    writer = gguf.GGUFWriter(path, ARCHITECTURES[model.config.model_type].lower())
+    write_header(writer, model.config, unlikely(model, prompt))
+    for name, array in tensors(model):
+        kind = type_of(name, array.shape)
+        writer.add_tensor(name, gguf.quantize(array, kind), raw_dtype=kind)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    return path
+
+
+def tensor_bytes(path: Path) -> int:
+    """Bytes of all tensors in a file, as its own directory tells them."""
+    return sum(int(t.n_bytes) for t in gguf.GGUFReader(path).tensors)
+
+
+def pack(model, type_of: Callable) -> dict:
+    """The codes of every parameter under the types that `type_of` gives, with the type."""
+    kinds = {name: type_of("token_embd" if "embed" in name or "lm_head" in name else "blk", p.shape)
+             for name, p in model.named_parameters()}
+    return {name: (gguf.quantize(p.detach().cpu().numpy(), kinds[name]), kinds[name])
+            for name, p in model.named_parameters()}
+
+
+@torch.no_grad()
+def unpack(codes: dict, model):
+    """The model, its parameters overwritten with the floats that the codes stand for."""
+    for name, p in model.named_parameters():
+        p.copy_(torch.from_numpy(gguf.dequantize(*codes[name])))
+    return model
+
+
+def forward(model, type_of: Callable, rebuilt) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function from token ids to logits for `quality.compare`: the codes are packed once, and rebuilt as floats
+    into `rebuilt`, a model of the same shape that several may share, before each call."""
+    codes = pack(model, type_of)
+    return lambda ids: quality.logits_of(unpack(codes, rebuilt))(ids)
