@@ -85,5 +85,6 @@ def _planned(own: list[Record], model: str, gpu: str, max_loss: float, max_token
     least, fast = min(found, key=lambda f: f[2]), max((f for f in found if f[1] == 1), key=lambda f: f[3])
     most = max((f for f in found if f[1] / f[3] <= max_token_s), key=lambda f: f[3], default=None)
     return [f"{least[0]}: {least[2] / GB:.1f} GB ± {planner.prediction_error(least[0]):.1%}",
-            f"{fast[0]}: {fast[3]:.0f} tokens/s",
-            f"{most[0]} and batches of {most[1]}: {most[3]:,.0f} tokens/s" if most else "nothing is as fast"]
+            f"{fast[0]}: {fast[3]:.0f} tokens/s, {fast[2] / GB:.1f} GB ± {planner.prediction_error(fast[0]):.1%}",
+            f"{most[0]} and batches of {most[1]}: {most[3]:,.0f} tokens/s, {most[2] / GB:.1f} GB ± "
+            f"{planner.prediction_error(most[0]):.1%}" if most else "nothing is as fast"]

@@ -39,12 +39,12 @@ def batching(fig, frame):
         ax.axhline(max(y[name] for name in order if name in y) + 0.5, color=ink(0.4), lw=0.6)
 
 
-def _curve(ax, rows: pd.DataFrame, x: str, y: str, label: str, **look) -> None:
+def _curve(ax, rows: pd.DataFrame, x: str, y: str, label: str, va: str = "center", **look) -> None:
     """A line through rows, named at its right end."""
     rows = rows.dropna(subset=[x, y]).sort_values(x)
     if len(rows):
         ax.plot(rows[x], rows[y], **{"marker": "v", "color": COLOURS["continuous_batching"]} | look)
-        says(ax, label, rows[x].iloc[-1], rows[y].iloc[-1], 5)
+        says(ax, label, rows[x].iloc[-1], rows[y].iloc[-1], 5, va=va)
 
 
 def _panels(frame: pd.DataFrame) -> list[str]:
@@ -94,27 +94,25 @@ def _rates(axes, rows: pd.DataFrame) -> None:
     axes[-1].margins(x=0.15)
 
 
-@chart("Several ranks", of("multiple_gpus"), lambda frame: 3.1 + 0.19 * len(frame))
+@chart("Several ranks", of("multiple_gpus"), lambda frame: 3.2 + 0.19 * len(frame))
 def ranks(fig, frame):
     """Weights a rank and tokens/s by number of ranks; below, in a panel of their own, what others published."""
     frame = frame.sort_values("world_size", kind="stable")
     frame = frame.assign(rank_weight_bytes=detail(frame, "rank_weight_bytes").fillna(frame["weight_bytes"]),
                          variant=frame["variant"] + " · " + frame["world_size"].astype(str))
-    grid = fig.add_gridspec(2, 2, height_ratios=[0.5 + 0.19 * len(frame), 1.9])
-    left = fig.add_subplot(grid[0, 0])
-    right = fig.add_subplot(grid[0, 1], sharey=left)
-    looks.bars(left, frame, "rank_weight_bytes", lambda v: f"{v / 1e9:.2f}", "GB of weights a rank")
+    above, below = fig.subfigures(2, height_ratios=[0.9 + 0.19 * len(frame), 1.9])
+    left, right = above.subplots(1, 2, sharey=True)
+    looks.bars(left, frame, "rank_weight_bytes", lambda v: f"{v / 1e9:.2f}", "GB of weights a rank\n(row: name · ranks)")
     looks.bars(right, frame, "tokens_per_s", "{:.1f}".format, "tokens/s" + cpu_ranks(frame))
-    left.xaxis.set_major_formatter(GIGABYTES)
-    left.xaxis.set_major_locator(MaxNLocator(4))
+    left.xaxis.set(major_formatter=GIGABYTES, major_locator=MaxNLocator(3))
     right.tick_params(labelleft=False)
-    _published_ranks(fig.add_subplot(grid[1, :]))
+    _published_ranks(below.subplots())
 
 
 def cpu_ranks(frame: pd.DataFrame) -> str:
     """A warning under an axis of speeds where ranks are processes that share one CPU."""
     on = detail(frame, "ranks_on").fillna(frame["device"].str[:3].map({"cpu": "cpu"}))
-    return " (ranks share one CPU)" if ((on == "cpu") & (frame["world_size"] > 1)).any() else ""
+    return "\n(ranks share one CPU)" if ((on == "cpu") & (frame["world_size"] > 1)).any() else ""
 
 
 def _published_ranks(ax) -> None:
@@ -124,7 +122,7 @@ def _published_ranks(ax) -> None:
                        way=rows["variant"].str.replace(r"\d+$", "", regex=True))
     for at, ((source, model, way), group) in enumerate(rows.groupby(["source", "model", "way"], sort=False)):
         source = re.split(r"[ :.]", source)[0]
-        _curve(ax, group, "gpus", "value", f"{model} {way}, {source}", mfc="none", color=ink(0.7),
+        _curve(ax, group, "gpus", "value", f"{model} {way}, {source}", "bottom" if way == "tp" else "top", mfc="none", color=ink(0.7),
                marker="osD^vP"[at % 6], lw=0.7)
     ax.set(xscale="log", yscale="log", xlim=(0.9, 40), xlabel="GPUs (published by others, on their hardware)",
            ylabel="tokens/s")

@@ -51,7 +51,7 @@ def title_of(technique: str) -> str:
 
 def says(ax, text: str, x, y, right: float = 4, **look) -> None:
     """A small label beside a point of the data."""
-    ax.annotate(text, (x, y), (right, 0), textcoords="offset points", va="center", **SMALL | look)
+    ax.annotate(text, (x, y), (right, 0), textcoords="offset points", **{"va": "center"} | SMALL | look)
 
 
 def legend(fig, ax, columns: int = 3, **look) -> None:
@@ -167,8 +167,9 @@ def chart(title: str, select: Callable[[pd.DataFrame], pd.DataFrame], height: Ca
 
 def flat(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows for a CSV file: raw runs left out, details as columns, columns without any value dropped."""
+    rows = rows.reset_index(drop=True)
     if "details" in rows:
-        details = pd.json_normalize(list(rows["details"])).set_index(rows.index)
+        details = pd.DataFrame([found if isinstance(found, dict) else {} for found in rows["details"]])
         rows = rows.drop(columns=[*RAW, *details.columns], errors="ignore").join(details)
     return rows.dropna(axis=1, how="all")
 

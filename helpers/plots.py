@@ -12,6 +12,7 @@ from helpers.looks import COLOURS, FACTOR, MARKERS, PERCENT, Nothing, chart, hea
 
 __all__ = ["COLOURS", "FACTOR", "MARKERS", "PERCENT", "Nothing", "batching", "fit", "headline", "ranks", "save",
            "throughput_latency", "title_of", "use_style"]
+FACTORS = ["bits, in one engine", "engine, at the same bits", "scheduler, in one engine", "engine × scheduler"]
 BASES = ("fp32", "dense")  # what published ratios are taken against
 SAME = {"block-20": "structured-20"}  # another name for as much removed in the same way
 METRICS = {"tokens_per_s": ("speed", 1), "latency": ("speed", -1), "peak_memory": ("memory", 1),
@@ -126,37 +127,45 @@ def quality_speed(fig, frame):
     fig.legend(handles.values(), handles, loc="outside lower center", ncols=3, markerscale=0.6)
 
 
+def _place(frame: pd.DataFrame) -> list[str]:
+    """What an id is unique within."""
+    return ["machine", "technique"] if "machine" in frame else ["technique"]
+
+
 def _factors(frame: pd.DataFrame) -> pd.DataFrame:
     """Ratios of speed kept apart: bits in one engine, engine at the same bits, scheduler in one engine."""
-    others, found = {(r.technique, r.id): r for r in frame.itertuples()}, []
-    for row in frame[frame["headline"] & (frame["status"] == "ok")].itertuples():
-        base, low_high = others.get((row.technique, row.baseline)), row.speedup_ci95 or (None, None)
-        alike = base is not None and base.engine == row.engine
-        if row.technique == "quantization" and base is not None and (alike or base.dtype == row.dtype):
-            found.append(("bits, in one engine" if alike else "engine, at the same bits",
-                          f"{row.variant} / {base.variant}", row.speedup, *low_high, row))
-        names = {"engine_factor": "engine, at the same bits", "scheduler_factor": "scheduler, in one engine",
-                 "total_factor": "engine × scheduler"}
-        found += [(kind, row.variant, row.details[name], None, None, row) for name, kind in names.items()
-                  if row.details.get(name) and row.technique == "continuous_batching"]
-    made = pd.DataFrame([{"factor": kind, "variant": variant, "value": value, "low": low, "high": high,
-                          "technique": row.technique, **({"machine": row.machine} if "machine" in frame else {})}
-                         for kind, variant, value, low, high, row in found],
-                        columns=None if found else ["factor", "variant", "value", "low", "high", "technique"])
-    return made.drop_duplicates(["factor", "value"]).sort_values("factor", kind="stable")
+    base = frame.set_index([*_place(frame), "id"])[["engine", "dtype", "variant"]].add_prefix("base_")
+    rows = frame[frame["headline"] & (frame["status"] == "ok")].join(base, on=[*_place(frame), "baseline"])
+    bits = rows[(rows["technique"] == "quantization") & rows["baseline"].notna() & (
+        rows["same_engine"] | (rows["dtype"] == rows["base_dtype"]))]
+    made = [bits.assign(factor=bits["same_engine"].map({True: FACTORS[0], False: FACTORS[1]}), value=bits["speedup"],
+                        variant=bits["variant"] + " / " + bits["base_variant"])]
+    batched = rows[rows["technique"] == "continuous_batching"]
+    for name, factor in zip(("engine_factor", "scheduler_factor", "total_factor"), FACTORS[1:], strict=True):
+        known = batched.assign(factor=factor, value=looks.detail(batched, name), speedup_ci95=None)
+        made.append(known[known["value"].notna()].drop_duplicates("value"))
+    claimed = pd.read_csv(looks.PUBLISHED).query("metric == 'throughput_vs_transformers'").assign(
+        factor=FACTORS[3], variant=lambda rows: rows["variant"] + ", claimed: " + rows["note"])
+    machines = batched["machine"].unique() if "machine" in frame else [None] * (len(batched) > 0)
+    made += [claimed.assign(**{"machine": machine} if machine else {}) for machine in machines]
+    made = pd.concat([rows.astype({"value": float}) for rows in made if len(rows)] or [bits.assign(factor="")],
+                     ignore_index=True)
+    return made.sort_values("factor", key=lambda names: names.map(FACTORS.index), kind="stable")
 
 
 @chart("What gave the speed: bits, engine or scheduler", _factors, lambda frame: looks.tall(frame, "factor"))
 def factors(fig, frame):
     """Each ratio compares two rows that differ in one thing only; no technique's gain is read across engines."""
-    ax = fig.subplots()
-    y = looks.rows(ax, frame, "factor")
-    for place, row in zip(y, frame.itertuples(), strict=True):
-        ends = [v if pd.isna(end) else end for end, v in ((row.low, row.value), (row.high, row.value))]
-        ax.plot(ends, (place, place), color=COLOURS[row.technique], lw=2, alpha=0.55)
-        ax.plot(row.value, place, marker=MARKERS[row.technique], color=COLOURS[row.technique])
+    ax, seen = fig.subplots(), [1.0]
+    for place, row in zip(looks.rows(ax, frame, "factor"), frame.itertuples(), strict=True):
+        colour = COLOURS[row.technique]
+        ends = row.speedup_ci95 if isinstance(row.speedup_ci95, tuple) else (row.value, row.value)
+        ax.plot(ends, (place, place), color=colour, lw=2, alpha=0.55)
+        ax.plot(row.value, place, marker=MARKERS[row.technique], color=colour,
+                mfc=colour if isinstance(row.id, str) else "none")
         looks.says(ax, f"{row.value:.2f}×", ends[1], place, 5)
-    looks.ratio_axis(ax, min(1, frame["value"].min()), max(1, frame["value"].max()), "tokens/s, ratio (log)")
+        seen += [*ends]
+    looks.ratio_axis(ax, min(seen), max(seen), "tokens/s, ratio (log; hollow: published by others)")
 
 
 def published_ratios() -> pd.DataFrame:
@@ -173,8 +182,8 @@ def published_ratios() -> pd.DataFrame:
 def _own_ratios(frame: pd.DataFrame) -> pd.DataFrame:
     """Headline rows that a published row has the name of, with ratios to their baseline."""
     need = frame.assign(need=frame["peak_bytes"].astype(float) - frame["resident_before_bytes"].astype(float))
-    base = need.set_index(["technique", "id"])[["need", "perplexity", "variant"]].add_prefix("base_")
-    mine = need[need["headline"]].join(base, on=["technique", "baseline"], how="inner")
+    base = need.set_index([*_place(need), "id"])[["need", "perplexity", "variant"]].add_prefix("base_")
+    mine = need[need["headline"]].join(base, on=[*_place(need), "baseline"], how="inner")
     mine = mine[mine["base_variant"].isin(BASES) & mine["variant"].isin(published_ratios()["variant"])]
     return mine.assign(speed=mine["speedup"], memory=mine["need"] / mine["base_need"],
                        perplexity=mine["perplexity"].astype(float) / mine["base_perplexity"].astype(float))

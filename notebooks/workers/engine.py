@@ -19,16 +19,11 @@ def engine(job: dict) -> LLM:
                disable_log_stats=True, **extra)
 
 
-def own_bytes(model) -> int:
-    """Bytes of weights that a worker holds, tied ones once."""
-    return sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values())
-
-
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     before = memory.tree_pss(os.getpid())["pss_bytes"]
     llm = engine(job)
-    weights = llm.apply_model(own_bytes)
+    weights = llm.apply_model(memory.weight_bytes)  # asked of each worker
     print(*(f"[rank{n}]: {size / 1e6:.0f} MB of weights here" for n, size in enumerate(weights)), sep="\n", flush=True)
     wanted = SamplingParams(temperature=0, max_tokens=job["new_tokens"], ignore_eos=True)
 

@@ -32,6 +32,7 @@ def llamacpp(path: str, threads: int, tokens: int) -> tuple[Callable, dict]:
     params.n_ctx = 256 * (tokens // 256 + 1)
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.cache_type_k = params.cache_type_v = engine.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = engine.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # slow on a 32-bit cache
     params.api_keys = [os.urandom(16).hex()]  # it listens on 127.0.0.1 too: to nobody
     server = engine.Server(params)
 

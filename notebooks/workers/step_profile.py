@@ -1,28 +1,26 @@
 """Where one decoding step spends its time, for lesson 03: rebuilding weights, multiplying with them, or both."""
 
-import statistics
-
 import torch
 
 
 @torch.no_grad()
 def step_seconds(model, batch: int, repeats: int = 3) -> dict[str, float]:
-    """Median seconds of one forward over `batch` sequences of one token.
+    """Mean seconds of one forward over `batch` sequences of one token.
 
     Returns "dequantize" (rebuilding weights), "multiply" (with floats), "fused" (bitsandbytes' CPU kernel), "all".
     """
-    tokens, found = torch.ones(batch, 1, dtype=torch.long, device=model.device), []
+    tokens = torch.ones(batch, 1, dtype=torch.long, device=model.device)
     gpu = model.device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * gpu
-    for _ in range(repeats + 1):
-        with torch.profiler.profile(activities=activities) as run:
+    model(tokens, use_cache=False)
+    with torch.profiler.profile(activities=activities) as run:
+        for _ in range(repeats):
             model(tokens, use_cache=False)
-        spent = {e.key: (e.self_device_time_total if gpu else e.self_cpu_time_total) / 1e6
-                 for e in run.key_averages()}
-        found.append({
-            "dequantize": sum(t for k, t in spent.items() if "dequant" in k),
-            "multiply": sum(t for k, t in spent.items()
-                            if k in ("aten::mm", "aten::addmm") or (gpu and "gem" in k.lower())),
-            "fused": sum(t for k, t in spent.items() if "gemv_4bit" in k and not gpu),
-            "all": sum(spent.values())})
-    return {key: statistics.median(f[key] for f in found[1:]) for key in found[0]}
+    spent = {e.key: (e.self_device_time_total if gpu else e.self_cpu_time_total) / 1e6 / repeats
+             for e in run.key_averages()}
+    return {
+        "dequantize": sum(t for k, t in spent.items() if "dequant" in k),
+        "multiply": sum(t for k, t in spent.items()
+                        if k in ("aten::mm", "aten::addmm") or (gpu and "gem" in k.lower())),
+        "fused": sum(t for k, t in spent.items() if "gemv_4bit" in k and not gpu),
+        "all": sum(spent.values())}
