@@ -50,7 +50,7 @@ def measure() -> list[tuple[str, timing.Ratio, float]]:
                 worker.close()
     runs = {name: decode_s(series.runs) for name, series in found.items()}
     best = max(("q8", "q4"), key=lambda bits: timing.ratio(runs["fp32"], runs[bits]).value)
-    cache = memory.kv_cache_bytes(net.config, ids.shape[1] + NEW_TOKENS // 2, bytes_per_number=4)
+    cache = memory.kv_cache_bytes(net.config, ids.shape[1] + NEW_TOKENS // 2, bytes_per_number=2)
     limit_s = [1 / limits.decode_limit(memory.weight_bytes(net), cache, b) for b in bandwidth.samples[-PAIRS:]]
     return [(f"llama.cpp {best} over transformers float32", timing.ratio(runs["fp32"], runs[best]), 4.0),
             (f"lesson's clock over llama.cpp's own, {best}", timing.ratio(own[best][-PAIRS:], runs[best]), 0.97),

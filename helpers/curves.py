@@ -12,6 +12,7 @@ from helpers import looks
 from helpers.looks import COLOURS, GIGABYTES, PUBLISHED, SMALL, chart, detail, ink, of, says, tall
 
 BATCHED = ["one-by-one", "static-transformers", "static-vllm", "continuous-vllm"]  # the three-way comparison
+ROUND = [step * 10.0**power for power in range(-3, 6) for step in (1, 2, 5)]  # ticks of log axes
 QUANTILES = {"p50": "-", "p95": "--", "p99": ":"}
 
 
@@ -67,8 +68,11 @@ def throughput_latency(fig, frame):
                 axes[0].annotate(row.batch_size, (row.tokens_per_s, row.ms), (0, 5), ha="center",
                                  textcoords="offset points", **SMALL)
         _curve(axes[0], best, "limit_tokens_per_s", "ms", "limit", ls="--", marker="", color=ink(0.5))
-        axes[0].set(xlabel="tokens/s of the whole batch (number: batch size)", ylabel="ms a token", ylim=(0, None))
-        axes[0].margins(x=0.2, y=0.2)
+        axes[0].set(xlabel="tokens/s of the whole batch (number: batch size)", ylabel="ms a token", xscale="log",
+                    yscale="log")
+        axes[0].margins(x=0.15, y=0.2)
+        for axis in (axes[0].xaxis, axes[0].yaxis):
+            looks.plain_log(axis, ROUND)
     if "request_rate" in sweeps:
         _rates(axes[both:], frame[frame["sweep"] == "request_rate"])
 
@@ -85,11 +89,13 @@ def _rates(axes, rows: pd.DataFrame) -> None:
             says(ax, "objective", rows["request_rate_per_s"].min(), objective, 0, va="bottom", color=ink(0.7))
         ax.set(ylabel=label, yscale="log")
         ax.margins(x=0.15)
+        looks.plain_log(ax.yaxis, ROUND)
     ideal = rows.assign(goodput_per_s=rows["request_rate_per_s"])
     _curve(axes[-1], ideal, "request_rate_per_s", "goodput_per_s", "all", marker="", color=ink(0.5), ls="--")
     _curve(axes[-1], rows, "request_rate_per_s", "goodput_per_s", "in time")
     for row in rows[rows["failed_requests"] > 0].itertuples():
-        says(axes[-1], f"{row.failed_requests:.0f} failed", row.request_rate_per_s, row.goodput_per_s, 3, va="top")
+        says(axes[-1], f"{row.failed_requests:.0f} failed", row.request_rate_per_s, row.goodput_per_s, -5, va="top",
+             ha="right")
     axes[-1].set(xlabel="requests/s sent", ylabel="requests/s in time", ylim=(0, None))
     axes[-1].margins(x=0.15)
 
@@ -102,7 +108,8 @@ def ranks(fig, frame):
                          variant=frame["variant"] + " · " + frame["world_size"].astype(str))
     above, below = fig.subfigures(2, height_ratios=[0.9 + 0.19 * len(frame), 1.9])
     left, right = above.subplots(1, 2, sharey=True)
-    looks.bars(left, frame, "rank_weight_bytes", lambda v: f"{v / 1e9:.2f}", "GB of weights a rank\n(row: name · ranks)")
+    looks.bars(left, frame, "rank_weight_bytes", lambda v: f"{v / 1e9:.2f}",
+               "GB of weights a rank\n(row: name · ranks)")
     looks.bars(right, frame, "tokens_per_s", "{:.1f}".format, "tokens/s" + cpu_ranks(frame))
     left.xaxis.set(major_formatter=GIGABYTES, major_locator=MaxNLocator(3))
     right.tick_params(labelleft=False)
@@ -122,10 +129,10 @@ def _published_ranks(ax) -> None:
                        way=rows["variant"].str.replace(r"\d+$", "", regex=True))
     for at, ((source, model, way), group) in enumerate(rows.groupby(["source", "model", "way"], sort=False)):
         source = re.split(r"[ :.]", source)[0]
-        _curve(ax, group, "gpus", "value", f"{model} {way}, {source}", "bottom" if way == "tp" else "top", mfc="none", color=ink(0.7),
-               marker="osD^vP"[at % 6], lw=0.7)
-    ax.set(xscale="log", yscale="log", xlim=(0.9, 40), xlabel="GPUs (published by others, on their hardware)",
-           ylabel="tokens/s")
+        _curve(ax, group, "gpus", "value", f"{model} {way}, {source}", "bottom" if way == "tp" else "top", lw=0.7,
+               marker="osD^vP"[at % 6], mfc="none", color=ink(0.7))
+    ax.set(xscale="log", yscale="log", xlim=(0.9, 40), ylim=(0.3, 600), ylabel="tokens/s",
+           xlabel="GPUs (published by others, on their hardware)")
     looks.plain_log(ax.xaxis, [1, 2, 4, 8])
     looks.plain_log(ax.yaxis, [1, 10, 100])
 

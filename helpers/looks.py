@@ -1,6 +1,7 @@
 """The house's look: colours, marks, light and dark, a panel for each machine, files for write-ups."""
 
 import functools
+import io
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -85,7 +86,7 @@ def rows(ax, frame: pd.DataFrame, by: str = "technique") -> np.ndarray:
     for name, group in frame.groupby(by, sort=False):
         if frame[by].nunique() > 1:
             ax.annotate(title_of(name), (0, at), (4, 0), xycoords=("axes fraction", "data"), va="center",
-                        textcoords="offset points", weight="bold", color=COLOURS.get(name, ink()),
+                        textcoords="offset points", weight="bold",
                         bbox={"fc": ax.get_facecolor(), "ec": "none", "pad": 0.5})
             at += 1
         y += list(at + np.arange(len(group)))
@@ -97,13 +98,15 @@ def rows(ax, frame: pd.DataFrame, by: str = "technique") -> np.ndarray:
     return np.array(y)
 
 
-def failures(ax, frame: pd.DataFrame, y: np.ndarray, value: pd.Series) -> None:
-    """What has no value is said in its row, never left out."""
+def failures(ax, frame: pd.DataFrame, y: np.ndarray, value: pd.Series, side: str = "left") -> None:
+    """What has no value is said in its row, at one side of it, never left out."""
     for place, v, row in zip(y, value, frame.to_dict("records"), strict=True):
         if pd.isna(v):
             why = row["status"] if row["status"] != "ok" else row["reasons"].get(value.name, "not measured")
-            ax.annotate(why, (1, place), (-2, 0), xycoords=("axes fraction", "data"), ha="right", style="italic",
-                        textcoords="offset points", va="center", color=ink(0.65), **SMALL)
+            why = why if len(why) <= 16 else "not measured"
+            ax.annotate(why, (side == "right", place), (-2 if side == "right" else 4, 0), ha=side, va="center",
+                        xycoords=("axes fraction", "data"), textcoords="offset points", style="italic",
+                        color=ink(0.65), **SMALL)
 
 
 def bars(ax, frame: pd.DataFrame, column: str, form: Callable[[float], str] | None, label: str) -> np.ndarray:
@@ -152,12 +155,12 @@ def chart(title: str, select: Callable[[pd.DataFrame], pd.DataFrame], height: Ca
             parts = list(chosen.groupby("machine", sort=False)) if "machine" in chosen else [("", chosen)]
             inches = [height(part) for _, part in parts]
             fig = plt.figure(figsize=(3.5, sum(inches)))
+            fig.suptitle(title, x=0.01, ha="left", fontsize=8, weight="bold")
             panels = [fig] if len(parts) == 1 else fig.subfigures(len(parts), height_ratios=inches)
             for panel, (machine, part) in zip(panels, parts, strict=True):
                 draw(panel, part)
                 if len(parts) > 1:
                     panel.suptitle(machine, x=0.01, ha="left", style="italic", **SMALL)
-            fig.suptitle(title, x=0.01, ha="left", fontsize=8, weight="bold")
             return fig
 
         whole.rows = select
@@ -190,7 +193,15 @@ def save(draw, frame: pd.DataFrame, folder: Path, caption: str, name: str = "", 
                 path = folder / f"{name}{'_dark' * dark}.{ending}"
                 fig.savefig(path, metadata={"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(ending))
             plt.close(fig)
-        Image.open(path).convert("RGB").quantize(96).save(path, optimize=True, dpi=(300, 300))
+        Image.open(path).convert("RGB").quantize(96, dither=Image.Dither.NONE).save(path, optimize=True, dpi=(300, 300))
     flat(draw.rows(frame)).to_csv(folder / f"{name}.csv", index=False)
     (folder / f"{name}.txt").write_text(caption.strip() + "\n", encoding="utf-8")
     return path
+
+
+def preview(path: Path) -> bytes:
+    """A saved picture as small as a notebook wants it: 160 dots an inch, 32 colours."""
+    image, kept = Image.open(path).convert("RGB"), io.BytesIO()
+    image.resize((560, round(560 * image.height / image.width)), Image.Resampling.LANCZOS).quantize(
+        32, dither=Image.Dither.NONE).save(kept, "png", optimize=True)
+    return kept.getvalue()

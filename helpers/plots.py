@@ -8,10 +8,10 @@ from matplotlib.ticker import MaxNLocator
 
 from helpers import looks
 from helpers.curves import batching, fit, ranks, throughput_latency
-from helpers.looks import COLOURS, FACTOR, MARKERS, PERCENT, Nothing, chart, headline, save, title_of, use_style
+from helpers.looks import COLOURS, FACTOR, MARKERS, PERCENT, Nothing, chart, headline, preview, save, use_style
 
-__all__ = ["COLOURS", "FACTOR", "MARKERS", "PERCENT", "Nothing", "batching", "fit", "headline", "ranks", "save",
-           "throughput_latency", "title_of", "use_style"]
+__all__ = ["COLOURS", "FACTOR", "MARKERS", "PERCENT", "Nothing", "batching", "fit", "headline", "preview", "ranks",
+           "save", "throughput_latency", "use_style"]
 FACTORS = ["bits, in one engine", "engine, at the same bits", "scheduler, in one engine", "engine × scheduler"]
 BASES = ("fp32", "dense")  # what published ratios are taken against
 SAME = {"block-20": "structured-20"}  # another name for as much removed in the same way
@@ -48,7 +48,7 @@ def speedup(fig, frame):
             looks.says(ax, "baseline" if first else f"{v:.2f}×", max(v, high), place, 5)
     known = np.append(ends[~np.isnan(ends)], 1)
     looks.ratio_axis(ax, known.min(), known.max(), "tokens/s over the baseline's (log; bar: 95 % interval)")
-    looks.failures(ax, frame, y, value)
+    looks.failures(ax, frame, y, value, "right")
 
 
 @chart("Memory", headline, lambda frame: looks.tall(frame) + 0.15)
@@ -94,37 +94,44 @@ def pareto(rows: pd.DataFrame) -> pd.Series:
     return cost.apply(lambda mine: not ((cost <= mine).all(axis=1) & (cost < mine).any(axis=1)).any(), axis=1)
 
 
-def _quality_speed(ax, rows: pd.DataFrame) -> None:
+def _scatter(ax, rows: pd.DataFrame) -> None:
+    """One text's rows: marks, ringed where on the front, and scales."""
     x, y, size = (rows[c].astype(float) for c in ("decode_tokens_per_s", "perplexity", "weight_bytes"))
-    labels, best = [], pareto(rows)
-    for i, row in rows.iterrows():
-        ax.scatter(x[i], y[i], 12 + 80 * size[i] / size.max(), marker=MARKERS[row["technique"]], linewidths=0.9,
-                   color=COLOURS[row["technique"]], alpha=0.9 if best[i] else 0.45,
-                   ec=looks.ink() if best[i] else "none", label=title_of(row["technique"]))
-        if row["variant"] not in [label.get_text() for label in labels]:
-            labels.append(ax.text(x[i], y[i], row["variant"], color=looks.ink(1 if best[i] else 0.65), **looks.SMALL))
+    for i, best in pareto(rows).items():
+        technique = rows.loc[i, "technique"]
+        ax.scatter(x[i], y[i], 10 + 60 * size[i] / size.max(), marker=MARKERS[technique], linewidths=0.9, zorder=3,
+                   color=COLOURS[technique], alpha=0.9 if best else 0.45, ec=looks.ink() if best else "none",
+                   label=looks.title_of(technique))
     ax.set(xlabel="decode tokens/s  (better →)", ylabel="perplexity  (← better)", xscale="log",
            yscale="log" if y.max() > 3 * y.min() else "linear")
-    ax.set_title(f"{rows['eval_text'].iloc[0].partition(' (')[0]}", weight="normal", **looks.SMALL)
-    for axis, seen in ((ax.xaxis, x), (ax.yaxis, y)):
-        if axis.get_scale() == "log":
-            looks.plain_log(axis, [s for s in (5, 7, 10, 15, 20, 30, 50, 70, 100, 200, 400, 1000)
-                                   if seen.min() / 1.3 < s < seen.max() * 1.3])
-    ax.margins(0.12, 0.15)
-    adjust_text(labels, x=x.tolist(), y=y.tolist(), ax=ax, expand=(1.2, 1.5),
+    ax.set_title(rows["eval_text"].iloc[0].partition(" (")[0], weight="normal", **looks.SMALL)
+    for axis in (ax.xaxis, ax.yaxis) if ax.get_yscale() == "log" else (ax.xaxis,):
+        looks.plain_log(axis, [step * ten for ten in (1, 10, 100, 1000) for step in (1, 1.5, 2, 3, 5, 7)])
+    ax.margins(0.14, 0.15)
+
+
+def _label(ax, rows: pd.DataFrame) -> None:
+    """Each variant's name once, moved apart; on the front in full colour."""
+    x, y, best = rows["decode_tokens_per_s"].astype(float), rows["perplexity"].astype(float), pareto(rows)
+    named = rows.assign(best=best).sort_values("best", ascending=False).drop_duplicates("variant").index
+    adjust_text([ax.text(x[i], y[i], rows.loc[i, "variant"], color=looks.ink(1 if best[i] else 0.65), **looks.SMALL)
+                 for i in named], x=x.tolist(), y=y.tolist(), ax=ax, expand=(1.15, 1.4),
                 arrowprops={"arrowstyle": "-", "color": looks.ink(0.5), "lw": 0.4})
 
 
-@chart("Quality against speed and size", _rated, lambda frame: 0.4 + 2.6 * frame["eval_text"].nunique())
+@chart("Quality against speed and size", _rated, lambda frame: 0.4 + 3.0 * frame["eval_text"].nunique())
 def quality_speed(fig, frame):
     """Perplexity (down is better) over decode tokens/s (right is better); area: weight bytes. Ringed: the Pareto
     front in speed, quality and bytes. Texts of different perplexity have a panel each."""
     texts = [rows for _, rows in frame.groupby("eval_text", sort=False)]
     axes = np.atleast_1d(fig.subplots(len(texts)))
     for ax, rows in zip(axes, texts, strict=True):
-        _quality_speed(ax, rows)
+        _scatter(ax, rows)
     handles = {label: mark for ax in axes for mark, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     fig.legend(handles.values(), handles, loc="outside lower center", ncols=3, markerscale=0.6)
+    fig.get_figure(root=True).draw_without_rendering()  # labels are moved on axes of their final size
+    for ax, rows in zip(axes, texts, strict=True):
+        _label(ax, rows)
 
 
 def _place(frame: pd.DataFrame) -> list[str]:
@@ -165,7 +172,7 @@ def factors(fig, frame):
                 mfc=colour if isinstance(row.id, str) else "none")
         looks.says(ax, f"{row.value:.2f}×", ends[1], place, 5)
         seen += [*ends]
-    looks.ratio_axis(ax, min(seen), max(seen), "tokens/s, ratio (log; hollow: published by others)")
+    looks.ratio_axis(ax, min(seen), max(seen), "ratio of tokens/s (log; hollow: claimed)")
 
 
 def published_ratios() -> pd.DataFrame:
@@ -185,16 +192,17 @@ def _own_ratios(frame: pd.DataFrame) -> pd.DataFrame:
     base = need.set_index([*_place(need), "id"])[["need", "perplexity", "variant"]].add_prefix("base_")
     mine = need[need["headline"]].join(base, on=[*_place(need), "baseline"], how="inner")
     mine = mine[mine["base_variant"].isin(BASES) & mine["variant"].isin(published_ratios()["variant"])]
-    return mine.assign(speed=mine["speedup"], memory=mine["need"] / mine["base_need"],
+    mine = mine.drop_duplicates(["machine", "variant"] if "machine" in frame else "variant")
+    return mine.assign(group="", speed=mine["speedup"], memory=mine["need"] / mine["base_need"],
                        perplexity=mine["perplexity"].astype(float) / mine["base_perplexity"].astype(float))
 
 
-@chart("Beside published figures", _own_ratios, lambda frame: looks.tall(frame) + 0.15)
+@chart("Beside published figures", _own_ratios, lambda frame: looks.tall(frame, "group") + 0.15)
 def beside(fig, frame):
     """This machine's ratios to its baselines (filled) beside published ones to theirs (hollow): never joined."""
     others, axes = published_ratios(), fig.subplots(1, 3, sharey=True)
     for ax, kind in zip(axes, ("speed", "memory", "perplexity"), strict=True):
-        y, seen = looks.rows(ax, frame), [1.0]
+        y, seen = looks.rows(ax, frame, "group"), [1.0]
         for place, row in zip(y, frame.itertuples(), strict=True):
             value, theirs = getattr(row, kind), others.query("variant == @row.variant and kind == @kind")["ratio"]
             ax.plot(theirs, [place] * len(theirs), "o", mfc="none", mec=looks.ink(0.8), ls="", label="published")

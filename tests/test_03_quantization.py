@@ -111,7 +111,7 @@ def test_llamacpp_reads_the_file_back(lesson, request, tmp_path, model):
     prompt = torch.tensor([[11, 222, 3333, 44, 5]])
     expected = timing.greedy(net, prompt, 12)().ids
     path = written(lesson, net, tmp_path / "f32.gguf", "f32", prompt)
-    worker = lesson["Worker"]("llamacpp", path, machine.cores(), 20)
+    worker = lesson["Worker"]("llamacpp", path, machine.cores(), 20, 32)  # an exact cache
     found = worker(prompt, 12)
     peak = worker.peak()
     worker.close()

@@ -151,8 +151,8 @@ def test_a_lost_rank_ends_all_in_the_stated_time_and_is_named(tmp_path, tiny_lla
 def test_lesson_finds_the_same_text_and_the_ledger(run_lesson):
     run = run_lesson(LESSON)
     found = {r.variant: r for r in run.records}
-    assert {"single", "fsdp-2", "tp-3", "multi-node-tp-3", "device-map-offload", "vllm-single", "vllm-tp-3",
-            "vllm-ray-tp-3", "ray-serve"} == set(found)
+    assert {"single", "fsdp-2", "tp-3", "multi-node-tp-3", "device-map-offload", "device-map", "vllm-single",
+            "vllm-tp-3", "vllm-ray-tp-3", "ray-serve"} == set(found)
     whole = found["single"]
     for name in ("fsdp-2", "tp-3", "multi-node-tp-3"):
         row, said = found[name], found[name].details
@@ -162,8 +162,9 @@ def test_lesson_finds_the_same_text_and_the_ledger(run_lesson):
         assert said["rank_weight_bytes"] == row.weight_bytes < 1.1 * whole.weight_bytes / row.world_size
         assert 0 < said["communication_share"] <= 1 and said["all_ranks_peak_bytes"] < 8e9
     assert found["fsdp-2"].details["sent_bytes_per_token"] > 100 * found["tp-3"].details["sent_bytes_per_token"]
-    assert found["device-map-offload"].weight_bytes < 0.8 * whole.weight_bytes
-    assert found["device-map-offload"].details["same_text"] and found["device-map-offload"].nll_delta == 0
+    offload = found["device-map-offload"]
+    assert offload.weight_bytes < 0.8 * whole.weight_bytes and offload.details["same_text"] and offload.nll_delta == 0
+    assert offload.details["read_bytes_per_token"] == offload.details["predicted_read_bytes_per_token"] > 0
     assert {found[n].status for n in ("vllm-tp-3", "vllm-ray-tp-3", "ray-serve")} == {"unsupported"}
     table = results.frame(run.records).set_index("variant")
     on_cpu = [r.variant for r in run.records if r.world_size > 1 and r.device == "cpu"]

@@ -1,6 +1,6 @@
 """An engine in a process of its own, for lesson 03: asleep until asked, it generates and stamps every token.
 
-    python engine_stamps.py llamacpp FILE.gguf THREADS TOKENS
+    python engine_stamps.py llamacpp FILE.gguf THREADS TOKENS [CACHE_BITS]
     python engine_stamps.py openvino FILE.gguf THREADS
 
 A request is a line on its input, [prompt ids, new tokens]; the answer is a line of JSON. It ends with its input.
@@ -19,10 +19,12 @@ def status(field: str) -> int:
         return next(int(row.split()[1]) * 1024 for row in rows if row.startswith(field + ":"))
 
 
-def llamacpp(path: str, threads: int, tokens: int) -> tuple[Callable, dict]:
+def llamacpp(path: str, threads: int, tokens: int, cache_bits: int = 16) -> tuple[Callable, dict]:
     """A function that generates with llama.cpp, greedily and without its prompt cache; and what is known of it.
 
     tokens : the longest text, prompt included.
+    cache_bits : 16 for keys and values as llama.cpp has them; 32 is exact, and slow, since its attention on CPUs is
+        made for 16.
     """
     import xllamacpp as engine
 
@@ -31,8 +33,8 @@ def llamacpp(path: str, threads: int, tokens: int) -> tuple[Callable, dict]:
     params.model.path, params.fit_params, params.verbosity = path, False, -1
     params.n_ctx = 256 * (tokens // 256 + 1)
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-    params.cache_type_k = params.cache_type_v = engine.ggml_type.GGML_TYPE_F32
-    params.flash_attn_type = engine.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # slow on a 32-bit cache
+    if cache_bits == 32:
+        params.cache_type_k = params.cache_type_v = engine.ggml_type.GGML_TYPE_F32
     params.api_keys = [os.urandom(16).hex()]  # it listens on 127.0.0.1 too: to nobody
     server = engine.Server(params)
 

@@ -64,12 +64,13 @@ class Jobs:
         return self.read(name, ranks)
 
     def vllm(self, name: str, ranks: int, executor: str, **more) -> list[dict]:
-        """Run vLLM on so many ranks; on a CPU it wants to be told which cores each of them has."""
+        """Run vLLM on so many ranks, its scheduler in the script itself; a CPU's cores are shared out by name."""
         cores = sorted(os.sched_getaffinity(0))
         bind = "|".join(str(cores[n % len(cores)]) for n in range(ranks)) if ranks > 1 else ",".join(map(str, cores))
         job = self.write(name, ranks=ranks, executor=executor, **more)
         serving.run([sys.executable, WORKERS / "engine.py", job], timeout_s=self.limit_s,
-                    env={**ENGINES, "VLLM_CPU_OMP_THREADS_BIND": bind, "RAY_AUTH_TOKEN": secrets.token_hex(32)},
+                    env={**ENGINES, "VLLM_CPU_OMP_THREADS_BIND": bind, "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+                         "RAY_AUTH_TOKEN": secrets.token_hex(32)},
                     on_line=lambda line: print(f"{name} {line}") if line.startswith("[rank") else None)
         return self.read(name)
 

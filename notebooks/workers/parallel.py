@@ -52,6 +52,8 @@ def load_part(job: dict, device: str):
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if job["strategy"] == "tp":
         return models.load(job["model"], device_map=None, distributed_config=DistributedConfig(tp_plan="auto"))
+    if job["strategy"] == "devices":
+        return models.load(job["model"], device_map="balanced")
     if job["strategy"] == "offload":
         return models.load(job["model"], device_map=half_on_disk(job["model"], device), offload_folder=job["folder"])
     if job["strategy"] == "fsdp":
@@ -95,22 +97,34 @@ def communication_share(call) -> float:
 
 
 def link(ranks: int, device: str, large: int = 4_000_000) -> dict:
-    """Seconds that a small all-reduce takes, and bytes per second that a rank sends in a large one."""
+    """For each strategy's collective: seconds of a message, and bytes per second that a rank sends in a large one."""
     group = dist.new_group(range(ranks))
 
-    def seconds(numbers: int, times: int) -> float:
+    def seconds(collective, numbers: int, times: int) -> float:
         x, taken = torch.ones(numbers, device=device), []
         for _ in range(times if dist.get_rank() < ranks else 0):
             timing.synchronize(device)
             start = time.perf_counter()
-            dist.all_reduce(x, group=group)
+            collective(x)
             timing.synchronize(device)
             taken.append(time.perf_counter() - start)
         return sorted(taken or [0.0])[len(taken) // 2]
 
-    small, whole = seconds(512, 41), seconds(large, 7)
+    def reduce(x):
+        dist.all_reduce(x, group=group)
+
+    def gather(x):  # into fresh memory, and out of it again, as FSDP does
+        whole = x.new_empty(ranks * len(x))
+        dist.all_gather_into_tensor(whole, x, group=group)
+        whole.clone()
+
+    found = {}
+    for strategy, collective, part in (("tp", reduce, large), ("fsdp", gather, large // ranks)):
+        small, whole = seconds(collective, 512, 41), seconds(collective, part, 7)
+        sent = 4 * part * (ranks - 1) * (2 / ranks if strategy == "tp" else 1)
+        found[strategy] = {"message_s": small, "link_bytes_per_s": sent / max(whole - small, 1e-9)}
     dist.barrier()
-    return {"message_s": small, "link_bytes_per_s": 2 * (ranks - 1) / ranks * 4 * large / max(whole - small, 1e-9)}
+    return found
 
 
 def loopback_bytes() -> int:

@@ -4,7 +4,7 @@ import torch
 
 
 @torch.no_grad()
-def step_seconds(model, batch: int, repeats: int = 3) -> dict[str, float]:
+def step_seconds(model, batch: int, repeats: int = 2) -> dict[str, float]:
     """Mean seconds of one forward over `batch` sequences of one token.
 
     Returns "dequantize" (rebuilding weights), "multiply" (with floats), "fused" (bitsandbytes' CPU kernel), "all".
