@@ -11,10 +11,10 @@ import pandas as pd
 
 from helpers import results, timing
 from helpers.answers import answers
-from helpers.claims import claims, interval
+from helpers.claims import DATA, claims, interval
 from helpers.schema import Record, Results
 
-__all__ = ["answers", "claims"]
+__all__ = ["DATA", "answers", "claims"]
 ROOT = Path(__file__).resolve().parent.parent
 GB = 1e9
 

@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers import memory, models, planner, results, serving, timing
 
@@ -185,10 +186,17 @@ def test_indivisible_degree_is_refused_before_anything_starts(run_lesson):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-def test_vllm_over_three_ranks_finds_the_same_text(lesson, tmp_path):
-    launcher = lesson["launcher"].Jobs
-    jobs = launcher(models.resolve("auto"), "", PROMPT, [], NEW, 0, 1, "cpu", WAIT_S, 300, str(tmp_path))
-    (found,) = jobs.vllm("three", 3, "mp")
-    assert found["runs"][0]["ids"] == timing.greedy(models.load(), torch.tensor([PROMPT]), NEW)().ids
+def test_vllm_over_two_ranks_finds_the_same_text(lesson, tmp_path):
+    torch.manual_seed(0)
+    whole = LlamaForCausalLM(LlamaConfig(vocab_size=49152, hidden_size=128, intermediate_size=128, num_hidden_layers=2,
+                                         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+                                         max_position_embeddings=512)).eval()
+    folder = tmp_path / "model"  # heads of 32 numbers, the fewest that vLLM takes on a CPU
+    whole.save_pretrained(folder)
+    models.tokenizer().save_pretrained(folder)
+    jobs = lesson["launcher"].Jobs(str(folder), "", PROMPT, [], NEW, 0, 1, "cpu", WAIT_S, 200, str(tmp_path))
+    (found,) = jobs.vllm("two", 2, "mp")
+    assert found["runs"][0]["ids"] == timing.greedy(models.load(str(folder)), torch.tensor([PROMPT]), NEW)().ids
     assert len(found["runs"][0]["stamps_s"]) == NEW
-    assert len(found["own_bytes"]) == 3 and sum(found["own_bytes"]) == pytest.approx(538_060_032, rel=0.01)
+    assert sum(found["own_bytes"]) == pytest.approx(memory.weight_bytes(whole), rel=0.01)
+    assert max(found["own_bytes"]) < 0.51 * memory.weight_bytes(whole)

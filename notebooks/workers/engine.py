@@ -20,10 +20,12 @@ def engine(job: dict) -> LLM:
 
 
 def main() -> None:
+    from launcher import held_bytes  # vLLM comes first, and this file is no module to its workers
+
     job = json.loads(Path(sys.argv[1]).read_text())
     before = memory.tree_pss(os.getpid())["pss_bytes"]
     llm = engine(job)
-    weights = llm.apply_model(memory.weight_bytes)  # asked of each worker
+    weights = llm.apply_model(held_bytes)  # asked of each worker
     print(*(f"[rank{n}]: {size / 1e6:.0f} MB of weights here" for n, size in enumerate(weights)), sep="\n", flush=True)
     wanted = SamplingParams(temperature=0, max_tokens=job["new_tokens"], ignore_eos=True)
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import scipy.stats
 
-from helpers import machine, quality, results, serving, timing
+from helpers import machine, memory, quality, results, serving, timing
 
 WORKERS = Path(__file__).parent
-RANKS = {"PYTHONPATH": str(results.ROOT), "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1",
+RANKS = {"PYTHONPATH": f"{results.ROOT}{os.pathsep}{WORKERS}", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1",
          "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
 ENGINES = {**RANKS, "VLLM_HOST_IP": "127.0.0.1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR",
            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # to ask its workers how many bytes of weights they hold
@@ -80,6 +80,13 @@ class Jobs:
         serving.run([sys.executable, WORKERS / "replicas.py", job], timeout_s=self.limit_s, on_line=lambda line: None,
                     env={**ENGINES, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
         return self.read(name)[0]
+
+
+def held_bytes(model) -> int:
+    """Bytes of weights that a vLLM worker holds; on a CPU a packed matrix is out of sight, its sizes are not."""
+    packed = [m for m in model.modules() if hasattr(m, "input_size_per_partition") and not m.weight.numel()]
+    sizes = (m.input_size_per_partition * m.output_size_per_partition * m.weight.itemsize for m in packed)
+    return memory.weight_bytes(model) + sum(sizes)
 
 
 def reason(error: serving.ServingError) -> str:
