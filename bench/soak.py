@@ -16,7 +16,7 @@ from rich.table import Table
 
 from helpers import run
 
-ROUNDS, LESSONS, SETTLE_S = 3, ("06", "07"), 10
+ROUNDS, LESSONS, SETTLE_S = 3, ("03", "07"), 10
 
 
 def left() -> dict[str, set]:

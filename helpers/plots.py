@@ -45,7 +45,8 @@ def speedup(fig, frame):
             colour = COLOURS[technique]
             ax.plot([low, high], [place, place], color=colour, solid_capstyle="butt", lw=2, alpha=0.55)
             ax.plot(v, place, marker=MARKERS[technique], color=colour, mfc=ax.get_facecolor() if first else colour)
-            looks.says(ax, "baseline" if first else f"{v:.2f}×", max(v, high), place, 5)
+            looks.says(ax, "baseline" if first else f"{v:.2f}×", max(v, high), place, 5,
+                       bbox={"fc": ax.get_facecolor(), "ec": "none", "pad": 0.4})  # the line at one ends there
     known = np.append(ends[~np.isnan(ends)], 1)
     looks.ratio_axis(ax, known.min(), known.max(), "tokens/s over the baseline's (log; bar: 95 % interval)")
     looks.failures(ax, frame, y, value, "right")
