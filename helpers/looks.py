@@ -47,7 +47,7 @@ def ink(share: float = 1.0) -> tuple:
 
 
 def title_of(technique: str) -> str:
-    return technique.replace("_", " ")
+    return technique.replace("_", " ").replace("gpus", "GPUs")
 
 
 def says(ax, text: str, x, y, right: float = 4, **look) -> None:
@@ -60,6 +60,14 @@ def legend(fig, ax, columns: int = 3, **look) -> None:
 def headline(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows that belong in a headline chart (see `results.frame`)."""
     return frame[frame["headline"]]
+
+
+def with_any(*columns: str):
+    """Selects the headline rows of techniques of which one row at least has one of these values."""
+    def select(frame: pd.DataFrame) -> pd.DataFrame:
+        known = headline(frame)[lambda rows: rows[list(columns)].notna().any(axis=1)]
+        return headline(frame)[lambda rows: rows["technique"].isin(known["technique"])]
+    return select
 
 
 def of(technique: str, *sweeps: str):
@@ -109,22 +117,25 @@ def failures(ax, frame: pd.DataFrame, y: np.ndarray, value: pd.Series, side: str
                         color=ink(0.65), **SMALL)
 
 
-def bars(ax, frame: pd.DataFrame, column: str, form: Callable[[float], str] | None, label: str) -> np.ndarray:
+def bars(ax, frame: pd.DataFrame, column: str, form: Callable[[float], str] | None, label: str,
+         side: str = "left") -> np.ndarray:
     """A bar for each record, its value beside it (form None: none); returns where each row stands."""
     y, value = rows(ax, frame), frame[column].astype(float)
     ax.barh(y, value.fillna(0), height=0.62, color=[COLOURS[t] for t in frame["technique"]])
     for place, v in zip(y, value, strict=True):
         if form and not pd.isna(v):
             says(ax, form(v), v, place)
-    failures(ax, frame, y, value)
+    failures(ax, frame, y, value, side)
     ax.set(xlim=(0, np.nanmax([value.max(), 1e-9]) * 1.18), xlabel=label)
     return y
 
 
-def ratio_axis(ax, least: float, most: float, label: str) -> None:
-    """A log axis of ratios with few, round ticks."""
+def ratio_axis(ax, least: float, most: float, label: str, narrow: bool = False) -> None:
+    """A log axis of ratios with few, round ticks; fewer where it is narrow."""
     span = most / least
     steps = (0.5, 0.6, 0.7, 0.8, 1, 1.2, 1.5, 2) if span < 3 else (0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
+    if narrow:
+        steps = (0.25, 0.5, 1, 2) if span < 8 else (0.1, 1, 10)
     ax.set(xscale="log", xlim=(least / 1.15, most * 1.8), xlabel=label)
     ax.set_xticks([s for s in (steps if span < 50 else (0.01, 0.1, 1, 10, 100)) if least / 1.15 <= s <= most * 1.6])
     ax.xaxis.set_major_formatter(FACTOR)
@@ -200,8 +211,8 @@ def save(draw, frame: pd.DataFrame, folder: Path, caption: str, name: str = "", 
 
 
 def preview(path: Path) -> bytes:
-    """A saved picture as small as a notebook wants it: 160 dots an inch, 32 colours."""
+    """A saved picture as small as a notebook of many wants it: 120 dots an inch, 16 colours."""
     image, kept = Image.open(path).convert("RGB"), io.BytesIO()
-    image.resize((560, round(560 * image.height / image.width)), Image.Resampling.LANCZOS).quantize(
-        32, dither=Image.Dither.NONE).save(kept, "png", optimize=True)
+    image.resize((420, round(420 * image.height / image.width)), Image.Resampling.LANCZOS).quantize(
+        16, dither=Image.Dither.NONE).save(kept, "png", optimize=True)
     return kept.getvalue()

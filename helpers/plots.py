@@ -27,6 +27,11 @@ def _compared(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[frame["baseline"].notna() | used]
 
 
+def _clear(ax) -> dict:
+    """A label's own ground, so that no line runs through it."""
+    return {"bbox": {"fc": ax.get_facecolor(), "ec": "none", "pad": 0.3}}
+
+
 @chart("Speed against the baseline of the same run", _compared, looks.tall)
 def speedup(fig, frame):
     """Speed-up of each variant with its 95 % interval, on a log axis; baselines stand at one.
@@ -48,15 +53,15 @@ def speedup(fig, frame):
             looks.says(ax, "baseline" if first else f"{v:.2f}×", max(v, high), place, 5,
                        bbox={"fc": ax.get_facecolor(), "ec": "none", "pad": 0.4})  # the line at one ends there
     known = np.append(ends[~np.isnan(ends)], 1)
-    looks.ratio_axis(ax, known.min(), known.max(), "tokens/s over the baseline's (log; bar: 95 % interval)")
+    looks.ratio_axis(ax, known.min(), known.max(), "tokens/s over the baseline's (log)\nbar: 95 % interval")
     looks.failures(ax, frame, y, value, "right")
 
 
-@chart("Memory", headline, lambda frame: looks.tall(frame) + 0.15)
+@chart("Memory", looks.with_any("weight_bytes", "peak_bytes"), lambda frame: looks.tall(frame) + 0.15)
 def memory(fig, frame):
     """Weights, KV cache at the end of the generation, and the measured peak above what was resident before."""
     ax = fig.subplots()
-    y = looks.bars(ax, frame, "weight_bytes", None, "GB (label: weights)")
+    y = looks.bars(ax, frame, "weight_bytes", None, "GB (label: weights)", "right")
     weights, cache = (frame[c].astype(float).fillna(0) for c in ("weight_bytes", "kv_cache_bytes"))
     peak = frame["peak_bytes"].astype(float) - frame["resident_before_bytes"].astype(float)
     ax.containers[0].set_label("weights")
@@ -69,7 +74,7 @@ def memory(fig, frame):
     looks.legend(fig, ax)
 
 
-@chart("How near the bandwidth limit", headline, looks.tall)
+@chart("How near the bandwidth limit", looks.with_any("limit_share"), looks.tall)
 def limit(fig, frame):
     """Decode speed as a share of the best possible, given the bytes read a token and the measured bandwidth."""
     ax = fig.subplots()
@@ -112,15 +117,16 @@ def _scatter(ax, rows: pd.DataFrame) -> None:
 
 
 def _label(ax, rows: pd.DataFrame) -> None:
-    """Each variant's name once, moved apart; on the front in full colour."""
+    """Each variant's name once, and one baseline's, moved apart; on the front in full colour."""
     x, y, best = rows["decode_tokens_per_s"].astype(float), rows["perplexity"].astype(float), pareto(rows)
-    named = rows.assign(best=best).sort_values("best", ascending=False).drop_duplicates("variant").index
+    named = rows.assign(best=best, name=rows["variant"].mask(rows["baseline"].isna(), "baseline"))
+    named = named.sort_values("best", ascending=False, kind="stable").drop_duplicates("name").index
     adjust_text([ax.text(x[i], y[i], rows.loc[i, "variant"], color=looks.ink(1 if best[i] else 0.65), **looks.SMALL)
-                 for i in named], x=x.tolist(), y=y.tolist(), ax=ax, expand=(1.15, 1.4),
-                arrowprops={"arrowstyle": "-", "color": looks.ink(0.5), "lw": 0.4})
+                 for i in named], x=x.tolist(), y=y.tolist(), ax=ax, expand=(1.1, 1.3), force_text=(0.2, 0.4),
+                iter_lim=600, arrowprops={"arrowstyle": "-", "color": looks.ink(0.5), "lw": 0.4})
 
 
-@chart("Quality against speed and size", _rated, lambda frame: 0.4 + 3.0 * frame["eval_text"].nunique())
+@chart("Quality against speed and size", _rated, lambda frame: 0.5 + 3.9 * frame["eval_text"].nunique())
 def quality_speed(fig, frame):
     """Perplexity (down is better) over decode tokens/s (right is better); area: weight bytes. Ringed: the Pareto
     front in speed, quality and bytes. Texts of different perplexity have a panel each."""
@@ -171,7 +177,7 @@ def factors(fig, frame):
         ax.plot(ends, (place, place), color=colour, lw=2, alpha=0.55)
         ax.plot(row.value, place, marker=MARKERS[row.technique], color=colour,
                 mfc=colour if isinstance(row.id, str) else "none")
-        looks.says(ax, f"{row.value:.2f}×", ends[1], place, 5)
+        looks.says(ax, f"{row.value:.2f}×", ends[1], place, 6, **_clear(ax))
         seen += [*ends]
     looks.ratio_axis(ax, min(seen), max(seen), "ratio of tokens/s (log; hollow: claimed)")
 
@@ -209,7 +215,7 @@ def beside(fig, frame):
             ax.plot(theirs, [place] * len(theirs), "o", mfc="none", mec=looks.ink(0.8), ls="", label="published")
             ax.plot(value, place, "o", color=COLOURS[row.technique], label="this machine", ms=3)
             seen += [v for v in (value, *theirs) if not pd.isna(v)]
-        looks.ratio_axis(ax, min(seen), max(seen) / 1.4, kind)
+        looks.ratio_axis(ax, min(seen), max(seen) / 1.4, kind, narrow=True)
         ax.tick_params(labelleft=ax is axes[0])
     handles = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
     fig.legend(handles.values(), handles, loc="outside lower center", ncols=2)

@@ -11,7 +11,7 @@ import pandas as pd
 
 from helpers import results, timing
 from helpers.answers import answers
-from helpers.claims import DATA, claims, interval
+from helpers.claims import DATA, claims, interval, shares_a_cpu
 from helpers.schema import Record, Results
 
 __all__ = ["DATA", "answers", "claims"]
@@ -114,7 +114,9 @@ def readme_parts(found: dict[str, Results], slug: str) -> dict[str, str]:
     if not records:
         return parts | dict.fromkeys(("chart", "results", "claims"), "*No results yet.*")
     full = table(records)
-    full.insert(0, "technique", [r.technique.replace("_", " ") for r in records])
+    full["speed-up"] = full["speed-up"].where([r.status == "ok" for r in records], [r.status for r in records])
+    full.insert(0, "technique", [r.technique.replace("_", " ").replace("gpus", "GPUs") for r in records])
+    full.index = [f"{r.variant} (ranks on one CPU)" if shares_a_cpu(r) else r.variant for r in records]
     full = full.reset_index(names="variant").set_index("technique").drop(columns=["note", "Δ nll (nats)"])
     first = next(iter(found.values()))
     run = f"{records[0].model}, {first.machine.cpu}, {first.machine.cores} cores (`{slug}`), " \

@@ -114,7 +114,7 @@ def llamacpp(path: str, threads: int, slots: int, tokens: int) -> Callable:
 
 
 def vllm(job: str) -> None:
-    """vLLM with its own settings for processes and cores: seconds of each of some equal batches, into the job's file."""
+    """vLLM with its own settings for processes and cores: seconds of each of some equal batches, left in a file."""
     from vllm import LLM, SamplingParams
 
     told = json.loads(Path(job).read_text())
