@@ -135,7 +135,7 @@ def ratio_axis(ax, least: float, most: float, label: str, narrow: bool = False) 
     span = most / least
     steps = (0.5, 0.6, 0.7, 0.8, 1, 1.2, 1.5, 2) if span < 3 else (0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
     if narrow:
-        steps = (0.25, 0.5, 1, 2) if span < 8 else (0.1, 1, 10)
+        steps = (0.5, 1, 2) if span < 8 else (0.1, 1, 10)
     ax.set(xscale="log", xlim=(least / 1.15, most * 1.8), xlabel=label)
     ax.set_xticks([s for s in (steps if span < 50 else (0.01, 0.1, 1, 10, 100)) if least / 1.15 <= s <= most * 1.6])
     ax.xaxis.set_major_formatter(FACTOR)

@@ -100,33 +100,40 @@ def pareto(rows: pd.DataFrame) -> pd.Series:
     return cost.apply(lambda mine: not ((cost <= mine).all(axis=1) & (cost < mine).any(axis=1)).any(), axis=1)
 
 
+def _seen(rows: pd.DataFrame) -> pd.Series:
+    """Perplexity as drawn: what is more than three times the median stands at the upper edge."""
+    return rows["perplexity"].astype(float).clip(upper=3 * rows["perplexity"].astype(float).median())
+
+
 def _scatter(ax, rows: pd.DataFrame) -> None:
     """One text's rows: marks, ringed where on the front, and scales."""
-    x, y, size = (rows[c].astype(float) for c in ("decode_tokens_per_s", "perplexity", "weight_bytes"))
+    x, size, y = rows["decode_tokens_per_s"].astype(float), rows["weight_bytes"].astype(float), _seen(rows)
     for i, best in pareto(rows).items():
         technique = rows.loc[i, "technique"]
         ax.scatter(x[i], y[i], 10 + 60 * size[i] / size.max(), marker=MARKERS[technique], linewidths=0.9, zorder=3,
                    color=COLOURS[technique], alpha=0.9 if best else 0.45, ec=looks.ink() if best else "none",
                    label=looks.title_of(technique))
-    ax.set(xlabel="decode tokens/s  (better →)", ylabel="perplexity  (← better)", xscale="log",
-           yscale="log" if y.max() > 3 * y.min() else "linear")
+    ax.set(xlabel="decode tokens/s  (better →)", ylabel="perplexity  (← better; ↑: off the scale)", xscale="log",
+           yscale="log")
     ax.set_title(rows["eval_text"].iloc[0].partition(" (")[0], weight="normal", **looks.SMALL)
-    for axis in (ax.xaxis, ax.yaxis) if ax.get_yscale() == "log" else (ax.xaxis,):
+    for axis in (ax.xaxis, ax.yaxis):
         looks.plain_log(axis, [step * ten for ten in (1, 10, 100, 1000) for step in (1, 1.5, 2, 3, 5, 7)])
-    ax.margins(0.14, 0.15)
+    ax.margins(0.14, 0.12)
 
 
 def _label(ax, rows: pd.DataFrame) -> None:
     """Each variant's name once, and one baseline's, moved apart; on the front in full colour."""
-    x, y, best = rows["decode_tokens_per_s"].astype(float), rows["perplexity"].astype(float), pareto(rows)
+    x, y, best = rows["decode_tokens_per_s"].astype(float), _seen(rows), pareto(rows)
+    above = " ↑" + rows["perplexity"].map("{:.0f}".format)
+    said = rows["variant"] + above.where(rows["perplexity"].astype(float) > y, "")
     named = rows.assign(best=best, name=rows["variant"].mask(rows["baseline"].isna(), "baseline"))
     named = named.sort_values("best", ascending=False, kind="stable").drop_duplicates("name").index
-    adjust_text([ax.text(x[i], y[i], rows.loc[i, "variant"], color=looks.ink(1 if best[i] else 0.65), **looks.SMALL)
+    adjust_text([ax.text(x[i], y[i], said[i], color=looks.ink(1 if best[i] else 0.65), **looks.SMALL)
                  for i in named], x=x.tolist(), y=y.tolist(), ax=ax, expand=(1.1, 1.3), force_text=(0.2, 0.4),
                 iter_lim=600, arrowprops={"arrowstyle": "-", "color": looks.ink(0.5), "lw": 0.4})
 
 
-@chart("Quality against speed and size", _rated, lambda frame: 0.5 + 3.9 * frame["eval_text"].nunique())
+@chart("Quality against speed and size", _rated, lambda frame: 0.5 + 3.4 * frame["eval_text"].nunique())
 def quality_speed(fig, frame):
     """Perplexity (down is better) over decode tokens/s (right is better); area: weight bytes. Ringed: the Pareto
     front in speed, quality and bytes. Texts of different perplexity have a panel each."""
