@@ -115,6 +115,9 @@ def readme_parts(found: dict[str, Results], slug: str) -> dict[str, str]:
         return parts | dict.fromkeys(("chart", "results", "claims"), "*No results yet.*")
     full = table(records)
     full["speed-up"] = full["speed-up"].where([r.status == "ok" for r in records], [r.status for r in records])
+    engine = {(r.technique, r.id): r.engine for r in records}
+    other = [r.speedup is not None and engine.get((r.technique, r.baseline)) != r.engine for r in records]
+    full["speed-up"] += pd.Series([" (engine)" * across for across in other], index=full.index)
     full.insert(0, "technique", [r.technique.replace("_", " ").replace("gpus", "GPUs") for r in records])
     full.index = [f"{r.variant} (ranks on one CPU)" if shares_a_cpu(r) else r.variant for r in records]
     full = full.reset_index(names="variant").set_index("technique").drop(columns=["note", "Δ nll (nats)"])
