@@ -9,6 +9,7 @@ model's configuration. What several CPU processes did in place of GPUs is no evi
 
 import fnmatch
 import math
+import statistics
 from pathlib import Path
 
 import pandas as pd
@@ -95,11 +96,13 @@ def _speed(one: Record, other: Record) -> timing.Ratio | None:
 
 
 def _throughput(one: Record, other: Record) -> timing.Ratio | None:
-    """Useful tokens/s, with an interval where both did the same work equally often."""
-    work = [(len(r.latency_s), r.details.get("useful_tokens")) for r in (one, other)]
-    if work[0] == work[1] and work[0][0] and work[0][1]:
-        return timing.ratio(other.latency_s, one.latency_s)
-    return _over(one.tokens_per_s, other.tokens_per_s)
+    """Useful tokens/s, with an interval where both ran equally often."""
+    runs, speeds = {len(r.latency_s) for r in (one, other)}, (one.tokens_per_s, other.tokens_per_s)
+    if 0 in runs or len(runs) > 1 or None in speeds:
+        return _over(one.tokens_per_s, other.tokens_per_s)
+    done = [r.tokens_per_s * statistics.median(r.latency_s) for r in (one, other)]  # one may have run a part only
+    gain = timing.ratio(other.latency_s, one.latency_s)
+    return timing.Ratio(*(end and end * done[0] / done[1] for end in gain))
 
 
 def _memory(one: Record, other: Record) -> timing.Ratio | None:

@@ -12,6 +12,7 @@ from helpers import looks
 from helpers.looks import COLOURS, GIGABYTES, PUBLISHED, SMALL, chart, detail, ink, of, says, tall
 
 BATCHED = ["one-by-one", "static-transformers", "static-vllm", "continuous-vllm"]  # the three-way comparison
+LATENCIES = {"ttft": "first token (s)", "inter_token": "next token (s)"}
 ROUND = [step * 10.0**power for power in range(-3, 6) for step in (1, 2, 5)]  # ticks of log axes
 QUANTILES = {"p50": "-", "p95": "--", "p99": ":"}
 
@@ -62,6 +63,9 @@ def throughput_latency(fig, frame):
     if both:
         rows = frame[frame["sweep"] == "batch_size"].assign(ms=lambda r: 1e3 * r["batch_size"] / r["tokens_per_s"])
         best = rows.assign(ms=1e3 * rows["batch_size"] / rows["limit_tokens_per_s"].astype(float))
+        other = rows.assign(tokens_per_s=pd.to_numeric(detail(rows, "transformers_tokens_per_s"), errors="coerce"))
+        other = other[other["engine"] != "transformers"].assign(ms=lambda r: 1e3 * r["batch_size"] / r["tokens_per_s"])
+        _curve(axes[0], other, "tokens_per_s", "ms", "transformers", marker="o", mfc=axes[0].get_facecolor())
         for engine, group in rows.groupby("engine"):
             _curve(axes[0], group, "tokens_per_s", "ms", engine)
             for row in group.itertuples():
@@ -79,9 +83,10 @@ def throughput_latency(fig, frame):
 
 def _rates(axes, rows: pd.DataFrame) -> None:
     """Three panels over the rate of requests: time to first token, between tokens, and requests within both limits."""
-    names = [name for name in dict.fromkeys(key for details in rows["details"] for key in details)]
+    names = list(dict.fromkeys(key for details in rows["details"] for key in details))
+    names += ["failed_requests", "goodput_per_s", *(f"{what}_{q}_s" for what in LATENCIES for q in QUANTILES)]
     rows = rows.assign(**{name: pd.to_numeric(detail(rows, name), errors="coerce") for name in names})
-    for ax, what, label in zip(axes, ("ttft", "inter_token"), ("first token (s)", "next token (s)"), strict=False):
+    for ax, (what, label) in zip(axes, LATENCIES.items(), strict=False):
         for quantile, line in QUANTILES.items():
             _curve(ax, rows, "request_rate_per_s", f"{what}_{quantile}_s", quantile, ls=line)
         for objective in set(rows.get(f"objective_{what}_s", pd.Series(dtype=float)).dropna()):

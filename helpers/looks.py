@@ -188,6 +188,11 @@ def flat(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.dropna(axis=1, how="all")
 
 
+def _few_colours(image: Image.Image, most: int) -> Image.Image:
+    """With a palette; the method is one that keeps rare colours."""
+    return image.quantize(most, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+
+
 def save(draw, frame: pd.DataFrame, folder: Path, caption: str, name: str = "", **title: str) -> Path:
     """Draw a chart in light and in dark, and write all that a write-up needs; returns the path of the light .png.
 
@@ -204,15 +209,15 @@ def save(draw, frame: pd.DataFrame, folder: Path, caption: str, name: str = "", 
                 path = folder / f"{name}{'_dark' * dark}.{ending}"
                 fig.savefig(path, metadata={"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(ending))
             plt.close(fig)
-        Image.open(path).convert("RGB").quantize(96, dither=Image.Dither.NONE).save(path, optimize=True, dpi=(300, 300))
+        _few_colours(Image.open(path).convert("RGB"), 128).save(path, optimize=True, dpi=(300, 300))
     flat(draw.rows(frame)).to_csv(folder / f"{name}.csv", index=False)
     (folder / f"{name}.txt").write_text(caption.strip() + "\n", encoding="utf-8")
     return path
 
 
 def preview(path: Path) -> bytes:
-    """A saved picture as small as a notebook of many wants it: 120 dots an inch, 16 colours."""
+    """A saved picture as small as a notebook of many wants it: 120 dots an inch, 32 colours."""
     image, kept = Image.open(path).convert("RGB"), io.BytesIO()
-    image.resize((420, round(420 * image.height / image.width)), Image.Resampling.LANCZOS).quantize(
-        16, dither=Image.Dither.NONE).save(kept, "png", optimize=True)
+    small = image.resize((420, round(420 * image.height / image.width)), Image.Resampling.LANCZOS)
+    _few_colours(small, 32).save(kept, "png", optimize=True)
     return kept.getvalue()

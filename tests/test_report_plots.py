@@ -101,6 +101,13 @@ def test_throughput_may_compare_engines_and_speed_may_not():
     assert claims.RATIOS["speed"](rows[3], rows[1]) is None
 
 
+def test_throughput_counts_work_not_runs():
+    one = a_record(technique="continuous_batching", tokens_per_s=10, latency_s=[1.0, 1.0, 1.0])  # a part of the work
+    all_ = a_record(technique="continuous_batching", id="b", tokens_per_s=40, latency_s=[2.0, 2.02, 1.98])
+    gain = claims.RATIOS["throughput"](all_, one)
+    assert gain.value == pytest.approx(4, rel=0.01) and gain.low < 4 < gain.high
+
+
 def test_quality_between_two_variants_is_paired_where_that_was_measured():
     shared = {"technique": "adapters", "eval_text": "t", "eval_tokens": 9, "eval_seq_len": 4}
     nf4 = a_record(**shared, id="nf4", variant="nf4", perplexity=20)
