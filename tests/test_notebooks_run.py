@@ -45,7 +45,7 @@ def test_the_comparison_draws_what_the_lessons_left(tmp_path, run_lesson):
     for chart in ("speedup", "memory", "quality_speed", "limit"):
         assert {f"{chart}{ending}" for ending in (".svg", ".pdf", ".png", ".csv", ".txt")} <= drawn
     caption = (tmp_path / "figures" / slug / "speedup.txt").read_text()
-    assert slug in caption and "SmolLM2" in caption and "new tokens" in caption
+    assert slug in caption and "SmolLM2" in caption and "new ones" in caption
 
 
 def test_the_comparison_without_results_says_so(tmp_path):
