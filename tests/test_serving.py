@@ -53,8 +53,9 @@ http.server.ThreadingHTTPServer(("0.0.0.0" if how == "wide" else "127.0.0.1", po
 
 # An owner that tells the port, and the process id of a fork of its own that holds whatever it holds.
 OWNER = """
-import os, sys, time
+import os, signal, sys, time
 from helpers import serving
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
 port = serving.free_port()
 print(f"port {port}", flush=True)
 with serving.server([sys.executable, sys.argv[1], "{port}", sys.argv[2]], port=port, key_variable="TEST_KEY"):
