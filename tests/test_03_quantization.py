@@ -5,6 +5,7 @@ import functools
 import sys
 
 import gguf
+import psutil
 import pytest
 import torch
 
@@ -119,6 +120,13 @@ def test_llamacpp_reads_the_file_back(lesson, request, tmp_path, model):
     assert worker.process.returncode == 0
     assert found.ids == expected and len(set(expected[0])) > 3
     assert found.stamps_s == sorted(found.stamps_s) and found.prompt_tokens == 5
+
+
+def test_an_engine_that_does_not_answer_is_ended(lesson, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys.modules["engine_client"], "LIMIT_S", 0.01)  # shorter than any start
+    with pytest.raises(NotImplementedError, match=r"did not answer within 0\.01 s"):
+        lesson["Worker"]("llamacpp", tmp_path / "none.gguf", 1, 20)
+    assert not [child for child in psutil.Process().children() if "engine_stamps.py" in " ".join(child.cmdline())]
 
 
 @pytest.mark.parametrize("bits", ["f32", "f16", "q8", "q4"])

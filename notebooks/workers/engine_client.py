@@ -1,6 +1,7 @@
 """The other end of `engine_stamps.py`, for lesson 03: start an engine's process, ask it, read its peak, end it."""
 
 import json
+import select
 import subprocess
 import sys
 import time
@@ -11,13 +12,14 @@ import torch
 from helpers import memory, timing
 
 SETTLE_S = 0.2  # time for the other engine's threads to fall asleep
+LIMIT_S = 600.0  # longest wait for an answer, loading included
 
 
 class Worker:
     """An engine in a process of its own, asleep unless asked; called, it generates and gives the stamps.
 
     arguments : those of `engine_stamps.py`, the engine's name first.
-    Raises NotImplementedError when the engine cannot start.
+    Raises NotImplementedError when the engine cannot start, or does not answer within LIMIT_S; it is ended then.
     """
 
     def __init__(self, *arguments):
@@ -27,6 +29,10 @@ class Worker:
         self.ready = self._answer()
 
     def _answer(self) -> dict:
+        if not select.select([self.process.stdout], [], [], LIMIT_S)[0]:
+            self.process.kill()
+            self.process.wait()
+            raise NotImplementedError(f"the engine did not answer within {LIMIT_S:g} s")
         if line := self.process.stdout.readline():
             return json.loads(line)
         raise NotImplementedError(f"the engine ended with code {self.process.wait()}")
