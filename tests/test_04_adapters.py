@@ -49,6 +49,7 @@ def test_headline_variants_are_timed_weighed_and_scored(records):
     for r in (records[name] for name in HEADLINE):
         assert r.status == "ok" and r.weight_bytes and r.peak_bytes > r.resident_before_bytes
         assert r.perplexity and r.limit_tokens_per_s
+        assert ("out_of_domain_perplexity" in r.details) == ("merged" not in r.id)
         assert r.id == "base" or (r.speedup and r.pairs and r.nll_delta_ci95 and r.agreement)
 
 
