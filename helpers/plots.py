@@ -185,7 +185,7 @@ def factors(fig, frame):
                 mfc=colour if isinstance(row.id, str) else "none")
         looks.says(ax, f"{row.value:.2f}×", ends[1], place, 6, **_clear(ax))
         seen += [*ends]
-    claimed = "; hollow: claimed" * (frame["factor"] == FACTORS[3]).any()
+    claimed = "; hollow: claimed" if (frame["factor"] == FACTORS[3]).any() else ""
     looks.ratio_axis(ax, min(seen), max(seen), f"ratio of tokens/s (log{claimed})")
 
 
