@@ -144,6 +144,7 @@ def load(model: str = "auto", dtype: torch.dtype = torch.float32, device: str = 
     settings.eos_token_id = settings.temperature = settings.top_p = settings.top_k = None
     settings.do_sample = False
     settings.pad_token_id = 0 if settings.pad_token_id is None else settings.pad_token_id
+    free()  # what loading and quantizing left over
     return net.eval()
 
 

@@ -15,6 +15,7 @@ import time
 import traceback
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -129,7 +130,7 @@ def link(ranks: int, device: str, large: int = 4_000_000) -> dict:
 
 def loopback_bytes() -> int:
     """Bytes that the loopback device has carried so far."""
-    return next(int(row.split()[9]) for row in open("/proc/net/dev") if row.strip().startswith("lo:"))
+    return psutil.net_io_counters(pernic=True)["lo"].bytes_sent
 
 
 @torch.no_grad()
