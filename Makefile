@@ -21,7 +21,7 @@ reference: .venv/ready
 	$(PY) -m helpers.report
 
 bench: .venv/ready
-	status=0; for part in measuring engines; do $(PY) -m bench.$$part || status=1; done; exit $$status
+	status=0; for part in measuring engines serving; do $(PY) -m bench.$$part || status=1; done; exit $$status
 
 soak: .venv/ready
 	$(PY) -m bench.soak

@@ -15,6 +15,7 @@ BATCHED = ["one-by-one", "static-transformers", "static-vllm", "continuous-vllm"
 LATENCIES = {"ttft": "first token (s)", "inter_token": "next token (s)"}
 ROUND = [step * 10.0**power for power in range(-3, 6) for step in (1, 2, 5)]  # ticks of log axes
 QUANTILES = {"p50": "-", "p95": "--", "p99": ":"}
+NAMED = {"p50": "center", "p95": "top", "p99": "bottom"}  # where a line's name stands, so that none covers another
 
 
 @chart("Throughput of a mixed workload", of("continuous_batching"), lambda frame: tall(frame) + 0.1)
@@ -22,6 +23,8 @@ def batching(fig, frame):
     """Useful tokens/s: one by one, static batches, continuous; what engine and scheduler gave drawn apart."""
     order = {name: at for at, name in enumerate(BATCHED)}
     frame = frame.sort_values("id", key=lambda ids: ids.map(order).fillna(len(order)), kind="stable")
+    four = frame["dtype"].fillna("").str.startswith("Q4")
+    frame = frame.assign(variant=frame["variant"].where(~four, frame["variant"] + " · 4-bit"))
     ax = fig.subplots()
     y = dict(zip(frame["id"], looks.bars(ax, frame, "tokens_per_s", "{:.0f}".format, "useful tokens/s"), strict=True))
     speed, edge = frame.set_index("id")["tokens_per_s"].astype(float), ax.get_xlim()[1]
@@ -36,14 +39,14 @@ def batching(fig, frame):
             ax.annotate("", (edge, y[other]), (edge, y[one]), arrowprops={"arrowstyle": "->", "lw": 0.8,
                                                                           "color": ink(0.8)})
             says(ax, f"{name}\n{factor:.1f}×", edge, (y[one] + y[other]) / 2)
-    ax.set_xlim(0, edge * 1.3)
+    ax.set_xlim(0, edge * 1.35)
     if len(y) > len(order & y.keys()) > 0:
         ax.axhline(max(y[name] for name in order if name in y) + 0.5, color=ink(0.4), lw=0.6)
 
 
-def _curve(ax, rows: pd.DataFrame, x: str, y: str, label: str, va: str = "center", **look) -> None:
-    """A line through rows, named at its right end."""
-    rows = rows.dropna(subset=[x, y]).sort_values(x)
+def _curve(ax, rows: pd.DataFrame, x: str, y: str, label: str, va: str = "center", along: str = "", **look) -> None:
+    """A line through rows in the order of `along` (x), named at its end."""
+    rows = rows.dropna(subset=[x, y]).sort_values(along or x)
     if len(rows):
         ax.plot(rows[x], rows[y], **{"marker": "v", "color": COLOURS["continuous_batching"]} | look)
         says(ax, label, rows[x].iloc[-1], rows[y].iloc[-1], 5, va=va)
@@ -56,8 +59,8 @@ def _panels(frame: pd.DataFrame) -> list[str]:
 @chart("Throughput against latency", of("continuous_batching", "batch_size", "request_rate"),
        lambda frame: 0.4 + 1.5 * sum({"batch_size": 1, "request_rate": 3}[name] for name in _panels(frame)))
 def throughput_latency(fig, frame):
-    """What batches cost each user: tokens/s against time per token by batch size; latencies and goodput by the rate
-    of requests, with the objectives they are held against."""
+    """What batches cost each user: tokens/s against time per token by batch size. A server under load: its tokens/s
+    against latencies, with the objectives they are held against; goodput by the rate of requests."""
     sweeps, both = _panels(frame), "batch_size" in _panels(frame)
     axes = np.atleast_1d(fig.subplots(both + 3 * ("request_rate" in sweeps)))
     if both:
@@ -69,7 +72,7 @@ def throughput_latency(fig, frame):
         for engine, group in rows.groupby("engine"):
             _curve(axes[0], group, "tokens_per_s", "ms", engine)
             for row in group.itertuples():
-                axes[0].annotate(row.batch_size, (row.tokens_per_s, row.ms), (0, 5), ha="center",
+                axes[0].annotate(row.batch_size, (row.tokens_per_s, row.ms), (0, -5), ha="center", va="top",
                                  textcoords="offset points", **SMALL)
         _curve(axes[0], best, "limit_tokens_per_s", "ms", "limit", ls="--", marker="", color=ink(0.5))
         axes[0].set(xlabel="tokens/s of the whole batch (number: batch size)", ylabel="ms a token", xscale="log",
@@ -82,18 +85,22 @@ def throughput_latency(fig, frame):
 
 
 def _rates(axes, rows: pd.DataFrame) -> None:
-    """Three panels over the rate of requests: time to first token, between tokens, and requests within both limits."""
+    """Three panels: time to first token and between tokens over tokens/s; requests in time over those sent."""
     names = list(dict.fromkeys(key for details in rows["details"] for key in details))
     names += ["failed_requests", "goodput_per_s", *(f"{what}_{q}_s" for what in LATENCIES for q in QUANTILES)]
     rows = rows.assign(**{name: pd.to_numeric(detail(rows, name), errors="coerce") for name in names})
     for ax, (what, label) in zip(axes, LATENCIES.items(), strict=False):
         for quantile, line in QUANTILES.items():
-            _curve(ax, rows, "request_rate_per_s", f"{what}_{quantile}_s", quantile, ls=line)
+            _curve(ax, rows, "tokens_per_s", f"{what}_{quantile}_s", quantile, NAMED[quantile],
+                   "request_rate_per_s", ls=line)
+        for row in rows.itertuples():
+            ax.annotate(f"{row.request_rate_per_s:g}", (row.tokens_per_s, getattr(row, f"{what}_p50_s")), (0, -5),
+                        ha="center", va="top", textcoords="offset points", **SMALL)
         for objective in set(rows.get(f"objective_{what}_s", pd.Series(dtype=float)).dropna()):
             ax.axhline(objective, color=ink(0.6), lw=0.8)
-            says(ax, "objective", rows["request_rate_per_s"].min(), objective, 0, va="bottom", color=ink(0.7))
-        ax.set(ylabel=label, yscale="log")
-        ax.margins(x=0.15)
+            says(ax, "objective", 0, objective, 2, va="bottom", color=ink(0.7), xycoords=ax.get_yaxis_transform())
+        ax.set(ylabel=label, yscale="log", xlabel="tokens/s of the server (number: requests/s sent)")
+        ax.margins(x=0.18, y=0.25)
         looks.plain_log(ax.yaxis, ROUND)
     ideal = rows.assign(goodput_per_s=rows["request_rate_per_s"])
     _curve(axes[-1], ideal, "request_rate_per_s", "goodput_per_s", "all", marker="", color=ink(0.5), ls="--")
@@ -102,7 +109,7 @@ def _rates(axes, rows: pd.DataFrame) -> None:
         says(axes[-1], f"{row.failed_requests:.0f} failed", row.request_rate_per_s, row.goodput_per_s, -5, va="top",
              ha="right")
     axes[-1].set(xlabel="requests/s sent", ylabel="requests/s in time", ylim=(0, None))
-    axes[-1].margins(x=0.15)
+    axes[-1].margins(x=0.18)
 
 
 @chart("Several ranks", of("multiple_gpus"), lambda frame: 3.2 + 0.19 * len(frame))

@@ -1,0 +1,145 @@
+"""Engines that batch continuously, each in a process of its own, for lesson 06: asleep until asked.
+
+    python batch_engines.py openvino FILE.gguf THREADS SLOTS TOKENS
+    python batch_engines.py llamacpp FILE.gguf THREADS SLOTS TOKENS
+
+A request is a line on its input, [prompts, lengths]; the answer is a line of JSON. It ends with its input. `Worker` is
+the other end. vLLM as it comes, for comparison, is run once: `python batch_engines.py vllm JOB.json`.
+"""
+
+import http.client
+import json
+import os
+import secrets
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+SETTLE_S = 0.3  # time for the other engine's threads to fall asleep
+LIMIT_S = 600.0  # longest wait for an answer, loading included
+
+
+class Worker:
+    """An engine in a process of its own; called, it gives each request's tokens, start, first and last token.
+
+    Raises NotImplementedError when the engine cannot start, or does not answer within LIMIT_S; it is ended then.
+    """
+
+    def __init__(self, *arguments):
+        command = [sys.executable, __file__, *map(str, arguments)]
+        self.process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.DEVNULL)
+        self.precision = self._answer()
+
+    def _answer(self):
+        if not select.select([self.process.stdout], [], [], LIMIT_S)[0]:
+            self.process.kill()
+            self.process.wait()
+            raise NotImplementedError(f"the engine did not answer within {LIMIT_S:g} s")
+        if line := self.process.stdout.readline():
+            return json.loads(line)
+        raise NotImplementedError(f"the engine ended with code {self.process.wait()}")
+
+    def __call__(self, prompts: list[list[int]], lengths: list[int]) -> list[list]:
+        time.sleep(SETTLE_S)
+        print(json.dumps([prompts, lengths]), file=self.process.stdin, flush=True)
+        return self._answer()
+
+    def close(self) -> None:
+        self.process.communicate()
+
+
+def openvino(path: str, threads: int, slots: int, tokens: int) -> tuple[Callable, str]:
+    """OpenVINO GenAI with its scheduler, stepped by hand; and the precision that it chose."""
+    import numpy
+    import openvino
+    import openvino_genai as engine
+
+    scheduler = engine.SchedulerConfig()
+    scheduler.max_num_seqs, scheduler.enable_prefix_caching, scheduler.cache_size = slots, False, 1
+    pipe = engine.ContinuousBatchingPipeline(path, scheduler, "CPU", {"INFERENCE_NUM_THREADS": threads})
+
+    def generate(prompts: list[list[int]], lengths: list[int]) -> list[list]:
+        start = time.perf_counter()
+        handles = [pipe.add_request(i, openvino.Tensor(numpy.array([prompt])), engine.GenerationConfig(
+            max_new_tokens=length, ignore_eos=True, do_sample=False, apply_chat_template=False))
+            for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))]
+        found = [[[], 0.0, 0.0, 0.0] for _ in handles]
+        while pipe.has_non_finished_requests():
+            begun = time.perf_counter() - start
+            pipe.step()
+            now = time.perf_counter() - start
+            for answer, handle in zip(found, handles, strict=True):
+                while handle.can_read():
+                    new = [i for part in handle.read().values() for i in part.generated_ids]
+                    answer[1:3] = answer[1:3] if answer[0] else (begun, now)
+                    answer[0], answer[3] = answer[0] + new, now
+        return found
+
+    number, cache = (openvino.Core().get_property("CPU", f"{name}_PRECISION{hint}").get_type_name()
+                     for name, hint in (("INFERENCE", "_HINT"), ("KV_CACHE", "")))
+    return generate, f"Q4_1 weights, {number}, KV cache {cache}"
+
+
+def llamacpp(path: str, threads: int, slots: int, tokens: int) -> tuple[Callable, str]:
+    """llama.cpp's server with as many slots, asked over loopback, all requests at once; and its precision."""
+    import xllamacpp as engine
+
+    key, params = secrets.token_urlsafe(24), engine.CommonParams()
+    params.model.path, params.fit_params, params.verbosity = path, False, -1
+    params.n_parallel, params.n_ctx = slots, slots * 256 * (tokens // 256 + 1)
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.hostnames, params.api_keys = ["127.0.0.1"], [key]
+    server = engine.Server(params)
+
+    def one(prompt: list[int], length: int, start: float) -> list:
+        body = {"prompt": prompt, "n_predict": length, "temperature": 0, "cache_prompt": False, "ignore_eos": True,
+                "return_tokens": True}
+        connection = http.client.HTTPConnection(server.listening_address.split("//")[-1].rstrip("/"), timeout=600)
+        connection.request("POST", "/completion", json.dumps(body), {"Authorization": f"Bearer {key}",
+                                                                     "Content-Type": "application/json"})
+        said = json.loads(connection.getresponse().read())
+        end, own = time.perf_counter() - start, said["timings"]
+        first = end - own["predicted_ms"] / 1e3
+        return [said["tokens"], max(0.0, first - own["prompt_ms"] / 1e3), max(0.0, first), end]
+
+    def generate(prompts: list[list[int]], lengths: list[int]) -> list[list]:
+        start = time.perf_counter()
+        with ThreadPoolExecutor(len(prompts)) as askers:
+            return list(askers.map(one, prompts, lengths, [start] * len(prompts)))
+
+    return generate, "Q4_1 weights, activations q8_1, KV cache f16"  # its defaults on a CPU
+
+
+def vllm(job: str) -> None:
+    """vLLM with its own settings for processes and cores: seconds of each of some equal batches, left in a file."""
+    from vllm import LLM, SamplingParams
+
+    told = json.loads(Path(job).read_text())
+    llm = LLM(told["model"], **told["options"])
+    wanted = SamplingParams(temperature=0, max_tokens=told["new_tokens"], ignore_eos=True, detokenize=False)
+    taken = []
+    for _ in range(told["repeats"] + 1):  # the first warms up
+        start = time.perf_counter()
+        llm.generate([{"prompt_token_ids": p} for p in told["prompts"]], wanted, use_tqdm=False)
+        taken.append(time.perf_counter() - start)
+    Path(told["result"]).write_text(json.dumps(taken))
+
+
+def main(engine: str, *words: str) -> None:
+    if engine == "vllm":
+        return vllm(*words)
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # the engine's own lines go elsewhere
+    generate, precision = {"openvino": openvino, "llamacpp": llamacpp}[engine](words[0], *map(int, words[1:]))
+    print(json.dumps(precision), file=out, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(generate(*json.loads(line))), file=out, flush=True)
+
+
+if __name__ == "__main__":  # vLLM imports this file again in its own process
+    main(*sys.argv[1:])
