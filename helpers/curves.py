@@ -23,14 +23,11 @@ def batching(fig, frame):
     """Useful tokens/s: one by one, static batches, continuous; what engine and scheduler gave drawn apart."""
     order = {name: at for at, name in enumerate(BATCHED)}
     frame = frame.sort_values("id", key=lambda ids: ids.map(order).fillna(len(order)), kind="stable")
-    four = frame["dtype"].fillna("").str.startswith("Q4")
-    frame = frame.assign(variant=frame["variant"].where(~four, frame["variant"] + " · 4-bit"))
+    frame = looks.with_bits(frame)
     ax = fig.subplots()
     y = dict(zip(frame["id"], looks.bars(ax, frame, "tokens_per_s", "{:.0f}".format, "useful tokens/s"), strict=True))
-    speed, edge = frame.set_index("id")["tokens_per_s"].astype(float), ax.get_xlim()[1]
-    found = frame.set_index("id")
-    steps = {("one-by-one", "static-transformers"): ("batching", speed.get("static-transformers", np.nan)
-                                                     / speed.get("one-by-one", np.nan)),
+    found, edge = frame.set_index("id"), ax.get_xlim()[1]
+    steps = {("one-by-one", "static-transformers"): ("batching", found["speedup"].get("static-transformers")),
              ("static-transformers", "static-vllm"): ("engine", detail(found, "engine_factor").get("static-vllm")),
              ("static-vllm", "continuous-vllm"): ("scheduler",
                                                   detail(found, "scheduler_factor").get("continuous-vllm"))}

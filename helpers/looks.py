@@ -62,6 +62,12 @@ def headline(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[frame["headline"]]
 
 
+def with_bits(frame: pd.DataFrame) -> pd.DataFrame:
+    """Names that say so where an engine reads 4-bit weights beside others that do not."""
+    four = frame["dtype"].fillna("").str.startswith("Q4")
+    return frame.assign(variant=frame["variant"].where(~four, frame["variant"] + " · 4-bit"))
+
+
 def with_any(*columns: str):
     """Selects the headline rows of techniques of which one row at least has one of these values."""
     def select(frame: pd.DataFrame) -> pd.DataFrame:

@@ -160,7 +160,7 @@ def _factors(frame: pd.DataFrame) -> pd.DataFrame:
         rows["same_engine"] | (rows["dtype"] == rows["base_dtype"]))]
     made = [bits.assign(factor=bits["same_engine"].map({True: FACTORS[0], False: FACTORS[1]}), value=bits["speedup"],
                         variant=bits["variant"] + " / " + bits["base_variant"])]
-    batched = rows[rows["technique"] == "continuous_batching"]
+    batched = looks.with_bits(rows[rows["technique"] == "continuous_batching"])
     for name, factor in zip(("engine_factor", "scheduler_factor", "total_factor"), FACTORS[1:], strict=True):
         known = batched.assign(factor=factor, value=looks.detail(batched, name), speedup_ci95=None)
         made.append(known[known["value"].notna()].drop_duplicates("value"))

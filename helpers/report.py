@@ -29,10 +29,12 @@ def _note(record: Record) -> str:
 
 def table(records: list[Record]) -> pd.DataFrame:
     """One row a record, as text for reading: GB = 1e9 bytes, intervals at 95 %, failures and warnings in words."""
+    named = {(r.technique, r.baseline) for r in records if r.baseline}
+    baselines = [r.baseline is None and (not named or (r.technique, r.id) in named) for r in records]
     rows = [{
         "variant": r.variant,
         "tokens/s": _number(r.tokens_per_s, ".1f"),
-        "speed-up": "baseline" if r.baseline is None else interval(r.speedup, r.speedup_ci95, unit="×"),
+        "speed-up": "baseline" if first else interval(r.speedup, r.speedup_ci95, unit="×"),
         "weights GB": _number(r.weight_bytes and r.weight_bytes / GB),
         "peak GB": _number(r.peak_bytes and r.peak_bytes / GB),
         "of limit": _number(r.decode_tokens_per_s and r.limit_tokens_per_s
@@ -41,7 +43,7 @@ def table(records: list[Record]) -> pd.DataFrame:
         "Δ nll (nats)": interval(r.nll_delta, r.nll_delta_ci95, "+.4f"),
         "same token": _number(r.agreement, ".1%"),
         "note": _note(r),
-    } for r in records]
+    } for r, first in zip(records, baselines, strict=True)]
     return pd.DataFrame(rows).set_index("variant").rename_axis(None)
 
 

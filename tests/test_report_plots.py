@@ -203,14 +203,17 @@ def some_records():
 
 def batches():
     made = {"technique": "continuous_batching", "engine": "vllm"}
-    rows = [a_record(**made | {"engine": "transformers"}, id=name, variant=name, tokens_per_s=speed)
-            for name, speed in (("one-by-one", 10), ("static-transformers", 20))]
+    rows = [a_record(**made | {"engine": "transformers"}, id=name, variant=name, tokens_per_s=speed, **paired)
+            for name, speed, paired in (("one-by-one", 10, {}), ("static-transformers", 20, {
+                "baseline": "one-by-one", "speedup": 2.0, "speedup_ci95": (1.9, 2.1), "latency_s": [1, 2]}))]
     rows.append(a_record(**made, id="static-vllm", variant="static-vllm", tokens_per_s=40,
                          details={"engine_factor": 2.0}))
     rows.append(a_record(**made, id="continuous-vllm", variant="continuous-vllm", tokens_per_s=80,
                          details={"engine_factor": 2.0, "scheduler_factor": 2.5, "total_factor": 5.0}))
     rows.append(a_record(**made, id="continuous-openvino", variant="continuous-openvino", status="unsupported",
                          reason="not installed"))
+    rows.append(a_record(**made | {"engine": "llama.cpp"}, id="continuous-llamacpp", variant="continuous-llamacpp",
+                         tokens_per_s=60, dtype="Q4_1 weights", details={"total_factor": 3.0}))
     rows += [a_record(**made, id=f"batch-{n}", variant=f"batch-{n}", sweep="batch_size", batch_size=n,
                       tokens_per_s=20 * n ** 0.8, limit_tokens_per_s=50 * n) for n in (1, 4, 16)]
     rows += [a_record(**made, id=f"rate-{rate}", variant=f"rate-{rate}", sweep="request_rate", tokens_per_s=30 * rate,
@@ -245,9 +248,17 @@ def test_batching_draws_engine_and_scheduler_apart():
     frame = results.frame(batches())
     said = texts(plots.batching(frame))
     assert {"batching\n2.0×", "engine\n2.0×", "scheduler\n2.5×", "unsupported"} <= {*said}
-    assert {"2.50×", "5.00×"} <= {*texts(plots.factors(frame))}
+    assert {"2.50×", "5.00×", "3.00×", "continuous-llamacpp · 4-bit"} <= {*texts(plots.factors(frame))}
     latency = plots.throughput_latency(frame)
     assert len(latency.axes) == 4 and {"16", "p99", "objective", "1 failed"} <= {*texts(latency)}
+    assert "continuous-llamacpp · 4-bit" in said
+
+
+def test_only_what_others_are_held_against_is_called_a_baseline():
+    said = report.table([r for r in batches() if r.sweep is None])["speed-up"]
+    assert said["one-by-one"] == "baseline" and said["continuous-llamacpp"] == "–"
+    assert said["static-transformers"].startswith("2.00×")
+    assert report.table([a_record()])["speed-up"].tolist() == ["baseline"]
 
 
 def test_published_marks_are_hollow_and_in_a_panel_of_their_own():
