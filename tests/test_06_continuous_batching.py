@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 
+import nbformat
 import psutil
 import pytest
 from hypothesis import given, settings
@@ -103,9 +104,9 @@ def test_schedulers_change_no_word(records):
     for name in ("one-by-one", "static-transformers", "static-vllm", "continuous-vllm", "continuous-transformers"):
         assert records[name].status == "ok", records[name].reason
         assert records[name].details["same_text_share"] == 1.0, name
-    for name in ("continuous-openvino", "continuous-llamacpp"):  # 4-bit weights, activations in 8 bits
+    for name in ("continuous-openvino", "continuous-llamacpp"):  # 4-bit weights, activations in 8 bits; short answers
         if records[name].status == "ok":
-            assert records[name].details["same_text_share"] > 0.3, name
+            assert records[name].details["same_text_share"] > 0.1, name
 
 
 @needs_vllm
@@ -137,9 +138,15 @@ def test_load_was_measured_without_a_failure(records):
 
 
 def test_nothing_of_it_is_left_running(ran):
-    ours = [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
-    words = [" ".join(p.cmdline()) for p in ours]
-    assert not [w for w in words if "api_server" in w or "batch_engines" in w or "load.py" in w]
+    """Orphans too, so all processes are asked, and the port that the server had."""
+    executed = nbformat.read(ran.folder / f"{LESSON}.ipynb", 4)
+    said = "".join(out.get("text", "") for cell in executed.cells for out in cell.get("outputs", []))
+    words = [" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])]
+    assert not [w for w in words if str(WORKERS) in w or "tuned=" in w]
+    if importlib.util.find_spec("vllm"):
+        port = int(re.search(r"api_server on port (\d+)", said).group(1))
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 def test_goodput_and_failures_by_hand():

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-SETTLE_S = 0.3  # time for the other engine's threads to fall asleep
+SETTLE_S = 0.3  # time for other engines' threads to fall asleep, before a run and not in it
 LIMIT_S = 600.0  # longest wait for an answer, loading included
 
 
@@ -45,7 +45,6 @@ class Worker:
         raise NotImplementedError(f"the engine ended with code {self.process.wait()}")
 
     def __call__(self, prompts: list[list[int]], lengths: list[int]) -> list[list]:
-        time.sleep(SETTLE_S)
         print(json.dumps([prompts, lengths]), file=self.process.stdin, flush=True)
         return self._answer()
 
