@@ -129,7 +129,8 @@ def _label(ax, rows: pd.DataFrame) -> None:
     named = named.sort_values("best", ascending=False, kind="stable").drop_duplicates("name").index
     adjust_text([ax.text(x[i], y[i], said[i], color=looks.ink(1 if best[i] else 0.65), **looks.SMALL)
                  for i in named], x=x.tolist(), y=y.tolist(), ax=ax, expand=(1.1, 1.5), force_text=(0.4, 1.2),
-                force_static=(0.2, 0.4), force_explode=(0.3, 1.0), iter_lim=600, arrowprops={"arrowstyle": "-", "color": looks.ink(0.5), "lw": 0.4})
+                force_static=(0.2, 0.4), force_explode=(0.3, 1.0), iter_lim=600,
+                arrowprops={"arrowstyle": "-", "color": looks.ink(0.5), "lw": 0.4})
 
 
 @chart("Quality against speed and size", _rated, lambda frame: 0.5 + 4.2 * frame["eval_text"].nunique())
