@@ -123,7 +123,7 @@ def test_llamacpp_reads_the_file_back(lesson, request, tmp_path, model):
 
 
 def test_an_engine_that_does_not_answer_is_ended(lesson, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys.modules["engine_client"], "LIMIT_S", 0.01)  # shorter than any start
+    monkeypatch.setattr(sys.modules["asleep"], "LIMIT_S", 0.01)  # shorter than any start
     with pytest.raises(NotImplementedError, match=r"did not answer within 0\.01 s"):
         lesson["Worker"]("llamacpp", tmp_path / "none.gguf", 1, 20)
     assert not [child for child in psutil.Process().children() if "engine_stamps.py" in " ".join(child.cmdline())]

@@ -11,45 +11,29 @@ import http.client
 import json
 import os
 import secrets
-import select
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from asleep import Process
+
 SETTLE_S = 0.3  # time for other engines' threads to fall asleep, before a run and not in it
-LIMIT_S = 600.0  # longest wait for an answer, loading included
 
 
-class Worker:
+class Worker(Process):
     """An engine in a process of its own; called, it gives each request's tokens, start, first and last token.
 
-    Raises NotImplementedError when the engine cannot start, or does not answer within LIMIT_S; it is ended then.
+    Raises NotImplementedError (see `Process`).
     """
 
     def __init__(self, *arguments):
-        command = [sys.executable, __file__, *map(str, arguments)]
-        self.process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.DEVNULL)
-        self.precision = self._answer()
-
-    def _answer(self):
-        if not select.select([self.process.stdout], [], [], LIMIT_S)[0]:
-            self.process.kill()
-            self.process.wait()
-            raise NotImplementedError(f"the engine did not answer within {LIMIT_S:g} s")
-        if line := self.process.stdout.readline():
-            return json.loads(line)
-        raise NotImplementedError(f"the engine ended with code {self.process.wait()}")
+        super().__init__(__file__, *arguments)
+        self.precision = self.ready
 
     def __call__(self, prompts: list[list[int]], lengths: list[int]) -> list[list]:
-        print(json.dumps([prompts, lengths]), file=self.process.stdin, flush=True)
-        return self._answer()
-
-    def close(self) -> None:
-        self.process.communicate()
+        return self.ask([prompts, lengths])
 
 
 def openvino(path: str, threads: int, slots: int, tokens: int) -> tuple[Callable, str]:
