@@ -253,7 +253,8 @@ def test_load_generator_on_llamacpp(llamacpp, tmp_path):
     model, _ = client.refusal(llamacpp.url, llamacpp.headers, "")
     found = client.load(llamacpp.url, llamacpp.api_key, model, sys.executable, asked, tmp_path, 120)[20]
     assert client.summary(found, 10.0, 10.0)["failed_requests"] == 0
-    assert found["total_output_tokens"] == 22 and len(found["ttfts"]) == 4
+    assert len(found["ttfts"]) == 4
+    assert 20 <= found["total_output_tokens"] <= 22  # of a server that is not vLLM it counts the text, tokenized anew
 
 
 @needs_vllm
