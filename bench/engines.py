@@ -38,8 +38,8 @@ def measure() -> list[tuple[str, timing.Ratio, float]]:
         workers = {}
         try:
             for bits in ("f32", "q8", "q4"):
-                path = lesson["gguf_file"].write(net, Path(folder) / f"{bits}.gguf",
-                                                 functools.partial(lesson["gguf_type"], bits=bits), ids)
+                path = Path(folder) / f"{bits}.gguf"
+                lesson["gguf_file"].write(net, path, functools.partial(lesson["gguf_type"], bits=bits), ids)
                 memory.touch(path)
                 workers[bits] = lesson["Worker"]("llamacpp", path, machine.cores(), ids.shape[1] + NEW_TOKENS)
             found = timing.measure({"fp32": lambda: timing.greedy(net, ids, NEW_TOKENS)} | {

@@ -1,5 +1,6 @@
 """Which model, and which text? Resolve "auto", load, free; the embedded default model and texts."""
 
+import atexit
 import copy
 import ctypes
 import functools
@@ -146,6 +147,10 @@ def load(model: str = "auto", dtype: torch.dtype = torch.float32, device: str = 
     settings.pad_token_id = 0 if settings.pad_token_id is None else settings.pad_token_id
     free()  # what loading and quantizing left over
     return net.eval()
+
+
+gc.freeze()  # what imports have made is never garbage: `free` need not look through it each time
+atexit.register(gc.unfreeze)
 
 
 def free() -> None:

@@ -6,7 +6,6 @@ import re
 import sys
 from pathlib import Path
 
-import nbformat
 import pandas as pd
 
 from helpers import results, timing
@@ -100,6 +99,8 @@ def headline_records(found: dict[str, Results]) -> list[Record]:
 
 def lessons(found: dict[str, Results]) -> str:
     """The notebooks that are there, with their titles, and whether their results are (Markdown list)."""
+    import nbformat  # a second to import, and no lesson needs it
+
     rows = []
     for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
         heading = nbformat.read(path, 4).cells[0].source.splitlines()[0]

@@ -9,12 +9,11 @@ import psutil
 import pytest
 import torch
 
-from helpers import machine, memory, models, results, timing
+from helpers import machine, memory, models, results, run, timing
 
 LESSON = "03_quantization"
 TORCH = ["fp32", "int8", "int8-threshold-0", "nf4", "nf4-dq", "fp4"]
 LADDER = ["llamacpp-f32", "llamacpp-f16", "llamacpp-q8", "llamacpp-q4"]
-SMOKE = {"ORIGINAL_TOKENS": 200, "DEEP_TOKENS": 200, "CALIBRATION_TOKENS": 256, "BATCH_SIZES": [1, 4]}
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +23,8 @@ def lesson(definitions):
 
 
 def written(lesson, model, path, bits, prompt):
-    return lesson["gguf_file"].write(model, path, functools.partial(lesson["gguf_type"], bits=bits), prompt)
+    lesson["gguf_file"].write(model, path, functools.partial(lesson["gguf_type"], bits=bits), prompt)
+    return path
 
 
 def by_variant(found):
@@ -133,8 +133,9 @@ def test_an_engine_that_does_not_answer_is_ended(lesson, monkeypatch, tmp_path):
 def test_files_are_as_large_as_predicted(lesson, tiny_llama, tmp_path, bits):
     net = models.load(tiny_llama)
     path = written(lesson, net, tmp_path / "x.gguf", bits, torch.tensor([[11, 222]]))
-    assert lesson["gguf_file"].tensor_bytes(path) == lesson["predicted_bytes"](net, bits)
-    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors}
+    found = gguf.GGUFReader(path).tensors
+    assert sum(int(t.n_bytes) for t in found) == lesson["predicted_bytes"](net, bits)
+    kinds = {t.name: t.tensor_type.name for t in found}
     assert kinds["token_embd.weight"] == {"f32": "F32", "f16": "F16"}.get(bits, "Q8_0")
     assert kinds["blk.0.ffn_down.weight"] == {"f32": "F32", "f16": "F16", "q8": "Q8_0", "q4": "Q4_1"}[bits]
 
@@ -164,7 +165,8 @@ def test_the_original_grid_flatters_one_scheme(lesson, tiny_llama):
 def test_smoothing_changes_no_output(lesson, request, model):
     net = models.load(request.getfixturevalue(model))
     ids = torch.randint(0, 1000, (1, 32), generator=torch.Generator().manual_seed(0))
-    largest, moment = lesson["observe"](net, ids)
+    largest, moment = lesson["observe"](net, ids, moments=True)
+    assert lesson["observe"](net, ids)[1] == {} and moment
     smooth = lesson["smoothed"](net, largest, 0.5)
     with torch.no_grad():
         assert torch.allclose(smooth(ids).logits, net(ids).logits, atol=1e-4)
@@ -213,7 +215,7 @@ def check_records(found, twin: bool):
     assert kept["nf4"].details["scored_on"] == ("off-grid twin" if twin else "the model itself")
     assert kept["llamacpp-f32"].peak_bytes >= kept["llamacpp-f32"].weight_bytes
     steps = [r for r in found.records if r.sweep == "batch_size"]
-    assert {r.batch_size for r in steps} == set(SMOKE["BATCH_SIZES"])
+    assert {r.batch_size for r in steps} == set(run.SMOKE["BATCH_SIZES"])
     assert all(r.details["dequantize_s"] + r.details["fused_s"] > 0 for r in steps
                if r.variant.startswith("nf4") and r.device == "cpu")
     assert kept["deep-fp32"].details["smoothing_logit_change"] < 1e-2
@@ -222,13 +224,13 @@ def check_records(found, twin: bool):
 
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_falcon"])
 def test_lesson_runs_on_other_architectures(run_lesson, request, model):
-    found = run_lesson(LESSON, MODEL=request.getfixturevalue(model), **SMOKE)
+    found = run_lesson(LESSON, MODEL=request.getfixturevalue(model))
     check_records(found, twin=model == "tiny_llama")
     assert by_variant(found)["openvino-4bit"].status == "unsupported"
 
 
 def test_lesson_on_the_default_model(run_lesson):
-    found = run_lesson(LESSON, **SMOKE)
+    found = run_lesson(LESSON)
     check_records(found, twin=True)
     kept = by_variant(found)
     quality = functools.partial(lambda name: kept[name].nll_delta)

@@ -9,8 +9,6 @@ import torch
 from helpers import models
 
 LESSON = "05_pruning"
-SMOKE = {"SWEEP_TOKENS": 60, "CALIBRATION_TOKENS": 256, "PREFILL_TOKENS": 16, "TRAIN_STEPS": 8, "TRAIN_BATCH": 1,
-         "TRAIN_LENGTH": 64, "SPARSITY_PERCENT": [30, 50]}
 HEADLINE = ["dense", "magnitude-50", "wanda-50", "wanda-2:4", "structured-20", "layers-20", "layers-20-lora",
             "dense-lora"]
 
@@ -231,7 +229,7 @@ def test_recovery_is_counted_against_the_tuned_dense_model(lesson):
 
 @pytest.mark.parametrize("which", ["auto", "tiny_falcon"])
 def test_the_lesson_finds(run_lesson, request, which):
-    found = run_lesson(LESSON, MODEL=which if which == "auto" else request.getfixturevalue(which), **SMOKE)
+    found = run_lesson(LESSON, MODEL=which if which == "auto" else request.getfixturevalue(which))
     by_id = {r.id: r for r in found.records}
     headline = [r for r in found.records if r.sweep is None]
     assert [r.variant for r in headline] == HEADLINE
@@ -252,7 +250,7 @@ def test_the_lesson_finds(run_lesson, request, which):
 
 
 def test_on_a_real_model_wanda_beats_magnitude(run_lesson):
-    by_id = {r.id: r for r in run_lesson(LESSON, MODEL="auto", **SMOKE).records}
+    by_id = {r.id: r for r in run_lesson(LESSON, MODEL="auto").records}
     assert by_id["wanda-50"].perplexity < by_id["magnitude-50"].perplexity
     assert by_id["dense"].perplexity < by_id["wanda-50"].perplexity
     removed = [by_id[f"{name}-share"].details["removed_share"] for name in ("layers-10", "layers-20", "layers-30")]

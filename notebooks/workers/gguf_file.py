@@ -69,25 +69,23 @@ def unlikely(model, prompt: torch.Tensor) -> int:
         return int(model(prompt.to(model.device)).logits[0, -1].argmin())
 
 
-def write(model, path: Path, type_of: Callable, prompt: torch.Tensor) -> Path:
+def write(model, path: Path, type_of: Callable, prompt: torch.Tensor) -> int:
     """Write the file; `type_of(name, shape)` is each tensor's type. What cannot be described is refused.
 
-    prompt : token ids that will be continued, for the end-of-text token.
+    prompt : token ids that will be continued, for the end-of-text token. Returns the bytes of all tensors.
     """
     refuse(model.config)
     writer = gguf.GGUFWriter(path, ARCHITECTURES[model.config.model_type].lower())
     write_header(writer, model.config, unlikely(model, prompt))
+    total = 0
     for name, array in tensors(model):
         kind = type_of(name, array.shape)
-        writer.add_tensor(name, gguf.quantize(array, kind), raw_dtype=kind)
+        codes = gguf.quantize(array, kind)
+        writer.add_tensor(name, codes, raw_dtype=kind)
+        total += codes.nbytes
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
         step()
-    return path
-
-
-def tensor_bytes(path: Path) -> int:
-    """Bytes of all tensors in a file, as its own directory tells them."""
-    return sum(int(t.n_bytes) for t in gguf.GGUFReader(path).tensors)
+    return total
 
 
 def pack(model, type_of: Callable) -> dict:

@@ -189,15 +189,18 @@ def show_where(number: int, frame) -> None:
 
 
 def call_on_silent(store, rank: int, ranks: int, wait_s: float) -> None:
-    """A collective timed out: the ranks that do not even wait are the ones that hang. Here, they are made to end."""
+    """A collective timed out: the ranks that do not even wait are the ones that hang. Here, they are made to end, and
+    waited for: who ends first is named."""
     store.set(f"waits-{rank}", "")
     time.sleep(2)  # the others' collective times out now too
     silent = [n for n in range(ranks) if not store.check([f"waits-{n}"])]
     print(f"no answer from rank {silent} within {wait_s:g} s", file=sys.stderr, flush=True)
-    for host, pid in (json.loads(store.get(f"process-{n}")) for n in silent):
-        if host == socket.gethostname():
-            os.kill(pid, signal.SIGUSR1)
-            os.kill(pid, signal.SIGCONT)  # it may have been stopped
+    known = [json.loads(store.get(f"process-{n}")) for n in silent]
+    here = [psutil.Process(pid) for host, pid in known if host == socket.gethostname() and psutil.pid_exists(pid)]
+    for process in here:
+        process.send_signal(signal.SIGUSR1)
+        process.send_signal(signal.SIGCONT)  # it may have been stopped
+    psutil.wait_procs(here, timeout=20)
 
 
 def together(store, rank: int, ranks: int, wait_s: float, work) -> dict:
