@@ -139,7 +139,8 @@ def bars(ax, frame: pd.DataFrame, column: str, form: Callable[[float], str] | No
 def ratio_axis(ax, least: float, most: float, label: str, narrow: bool = False) -> None:
     """A log axis of ratios with few, round ticks; fewer where it is narrow."""
     span = most / least
-    steps = (0.5, 0.6, 0.7, 0.8, 1, 1.2, 1.5, 2) if span < 3 else (0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
+    fine, round_ = (0.5, 0.6, 0.7, 0.8, 1, 1.2, 1.5, 2), (0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
+    steps = fine if span < 2 else (0.5, 0.7, 1, 1.5, 2, 3) if span < 4 else round_
     if narrow:
         steps = (0.5, 1, 2) if span < 8 else (0.1, 1, 10)
     ax.set(xscale="log", xlim=(least / 1.15, most * 1.8), xlabel=label)

@@ -99,9 +99,15 @@ def pareto(rows: pd.DataFrame) -> pd.Series:
     return cost.apply(lambda mine: not ((cost <= mine).all(axis=1) & (cost < mine).any(axis=1)).any(), axis=1)
 
 
+def _over(rows: pd.DataFrame) -> pd.Series:
+    """True where perplexity is more than three times the median: off the scale."""
+    return rows["perplexity"].astype(float) > 3 * rows["perplexity"].astype(float).median()
+
+
 def _seen(rows: pd.DataFrame) -> pd.Series:
-    """Perplexity as drawn: what is more than three times the median stands at the upper edge."""
-    return rows["perplexity"].astype(float).clip(upper=3 * rows["perplexity"].astype(float).median())
+    """Perplexity as drawn: what is off the scale stands at the upper edge, one above the other in order."""
+    true, over = rows["perplexity"].astype(float), _over(rows)
+    return true.mask(over, 3 * true.median() * 1.12 ** (true.where(over).rank() - 1))
 
 
 def _scatter(ax, rows: pd.DataFrame) -> None:
@@ -124,16 +130,16 @@ def _label(ax, rows: pd.DataFrame) -> None:
     """Each variant's name once, and one baseline's, moved apart; on the front in full colour."""
     x, y, best = rows["decode_tokens_per_s"].astype(float), _seen(rows), pareto(rows)
     above = " ↑" + rows["perplexity"].map("{:.0f}".format)
-    said = rows["variant"] + above.where(rows["perplexity"].astype(float) > y, "")
+    said = rows["variant"] + above.where(_over(rows), "")
     named = rows.assign(best=best, name=rows["variant"].mask(rows["baseline"].isna(), "baseline"))
     named = named.sort_values("best", ascending=False, kind="stable").drop_duplicates("name").index
     adjust_text([ax.text(x[i], y[i], said[i], color=looks.ink(1 if best[i] else 0.65), **looks.SMALL)
-                 for i in named], x=x.tolist(), y=y.tolist(), ax=ax, expand=(1.1, 1.5), force_text=(0.4, 1.2),
-                force_static=(0.2, 0.4), force_explode=(0.3, 1.0), iter_lim=600,
+                 for i in named], x=x.tolist(), y=y.tolist(), ax=ax, expand=(1.15, 1.7), force_text=(0.5, 1.6),
+                force_static=(0.2, 0.4), force_explode=(0.3, 1.0), iter_lim=1200,
                 arrowprops={"arrowstyle": "-", "color": looks.ink(0.5), "lw": 0.4})
 
 
-@chart("Quality against speed and size", _rated, lambda frame: 0.5 + 4.2 * frame["eval_text"].nunique())
+@chart("Quality against speed and size", _rated, lambda frame: 0.5 + 5.2 * frame["eval_text"].nunique())
 def quality_speed(fig, frame):
     """Perplexity (down is better) over decode tokens/s (right is better); area: weight bytes. Ringed: the Pareto
     front in speed, quality and bytes. Texts of different perplexity have a panel each."""
