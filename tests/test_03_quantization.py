@@ -132,9 +132,10 @@ def test_an_engine_that_does_not_answer_is_ended(lesson, monkeypatch, tmp_path):
 @pytest.mark.parametrize("bits", ["f32", "f16", "q8", "q4"])
 def test_files_are_as_large_as_predicted(lesson, tiny_llama, tmp_path, bits):
     net = models.load(tiny_llama)
-    path = written(lesson, net, tmp_path / "x.gguf", bits, torch.tensor([[11, 222]]))
+    path, type_of = tmp_path / "x.gguf", functools.partial(lesson["gguf_type"], bits=bits)
+    told = lesson["gguf_file"].write(net, path, type_of, torch.tensor([[11, 222]]))
     found = gguf.GGUFReader(path).tensors
-    assert sum(int(t.n_bytes) for t in found) == lesson["predicted_bytes"](net, bits)
+    assert told == sum(int(t.n_bytes) for t in found) == lesson["predicted_bytes"](net, bits)
     kinds = {t.name: t.tensor_type.name for t in found}
     assert kinds["token_embd.weight"] == {"f32": "F32", "f16": "F16"}.get(bits, "Q8_0")
     assert kinds["blk.0.ffn_down.weight"] == {"f32": "F32", "f16": "F16", "q8": "Q8_0", "q4": "Q4_1"}[bits]
