@@ -39,7 +39,8 @@ def measure() -> list[tuple[str, timing.Ratio, float]]:
         try:
             for bits in ("f32", "q8", "q4"):
                 path = Path(folder) / f"{bits}.gguf"
-                lesson["gguf_file"].write(net, path, functools.partial(lesson["gguf_type"], bits=bits), ids)
+                codes = lesson["gguf_file"].pack(net, functools.partial(lesson["gguf_type"], bits=bits))
+                lesson["gguf_file"].write(codes, net, path, ids)
                 memory.touch(path)
                 workers[bits] = lesson["Worker"]("llamacpp", path, machine.cores(), ids.shape[1] + NEW_TOKENS)
             found = timing.measure({"fp32": lambda: timing.greedy(net, ids, NEW_TOKENS)} | {

@@ -136,6 +136,7 @@ def load(model: str = "auto", dtype: torch.dtype = torch.float32, device: str = 
     ------
     RuntimeError when a weight came in another dtype than asked for.
     """
+    _freeze_imports()
     net = AutoModelForCausalLM.from_pretrained(resolve(model), dtype=dtype, use_safetensors=True,
                                                **{"device_map": device, **options})
     other = {p.dtype for p in net.parameters() if p.is_floating_point()} - {dtype}
@@ -149,8 +150,11 @@ def load(model: str = "auto", dtype: torch.dtype = torch.float32, device: str = 
     return net.eval()
 
 
-gc.freeze()  # what imports have made is never garbage: `free` need not look through it each time
-atexit.register(gc.unfreeze)
+@functools.cache
+def _freeze_imports() -> None:
+    """Once, before the first model: what imports have made is never garbage, and `free` need not look through it."""
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # else libraries that count what they leak at exit say so
 
 
 def free() -> None:

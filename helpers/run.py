@@ -22,9 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 MEASURING = ("timing.py", "memory.py", "quality.py")
 SMOKE = {  # small numbers for a quick run; each notebook takes those that are among its parameters
-    "NEW_TOKENS": 4, "REPEATS": 2, "WARMUP": 0, "EVAL_TOKENS": 80, "PREFILL_TOKENS": 16, "SWEEP_REPEATS": 1,
-    "SWEEP_TOKENS": 60, "PROMPT_LENGTHS": [16, 64], "ORIGINAL_TOKENS": 70, "DEEP_TOKENS": 70,
-    "CALIBRATION_TOKENS": 64, "MIGRATION": [0.5], "GROUP_SIZES": [32], "BATCH_SIZES": [1, 4],
+    "NEW_TOKENS": 3, "REPEATS": 2, "WARMUP": 0, "EVAL_TOKENS": 48, "PREFILL_TOKENS": 16, "SWEEP_REPEATS": 1,
+    "SWEEP_TOKENS": 60, "PROMPT_LENGTHS": [16, 64], "ORIGINAL_TOKENS": 40, "DEEP_TOKENS": 40,
+    "CALIBRATION_TOKENS": 48, "MIGRATION": [0.5], "GROUP_SIZES": [32], "BATCH_SIZES": [1, 4],
     "TRAIN_STEPS": 8, "TRAIN_BATCH": 1, "TRAIN_LENGTH": 96, "TASK_STEPS": 3, "FORGET_TOKENS": 40,
     "SERVE_TOKENS": 8, "SERVE_REQUESTS": 1, "SPARSITY_PERCENT": [30, 50], "TRY_VLLM": False, "TRY_RAY": False,
     "REQUESTS": 6, "SLOTS": 2, "MEAN_TOKENS": 6, "CAP_TOKENS": 12, "SHARED_TOKENS": 160, "RATES": [2, 8],

@@ -8,7 +8,7 @@ from asleep import Process
 
 from helpers import memory, timing
 
-SETTLE_S = 0.2  # time for the other engine's threads to fall asleep
+SETTLE_S = 0.1  # time for the other engine's threads to fall asleep: they take 0.02 s at most here
 
 
 class Worker(Process):

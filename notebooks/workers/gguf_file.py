@@ -50,49 +50,11 @@ def pair_rows(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def tensors(model):
-    """Name and array of every tensor as llama.cpp wants them; a tied head is left out."""
-    config, tied = model.config, model.config.tie_word_embeddings
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[ARCHITECTURES[config.model_type]], config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        if not (tied and name.startswith("lm_head")):
-            array = tensor.cpu().float().numpy()
-            if config.model_type != "falcon" and name.split(".")[-2] in ("q_proj", "k_proj"):
-                of_queries = name.split(".")[-2] == "q_proj"
-                array = pair_rows(array, config.num_attention_heads if of_queries else config.num_key_value_heads)
-            yield names.get_name(name, (".weight", ".bias")), array
-
-
-def unlikely(model, prompt: torch.Tensor) -> int:
-    """The token that the model is least likely to say after a prompt: a harmless end, since llama.cpp wants one."""
-    with torch.no_grad():
-        return int(model(prompt.to(model.device)).logits[0, -1].argmin())
-
-
-def write(model, path: Path, type_of: Callable, prompt: torch.Tensor) -> int:
-    """Write the file; `type_of(name, shape)` is each tensor's type. What cannot be described is refused.
-
-    prompt : token ids that will be continued, for the end-of-text token. Returns the bytes of all tensors.
-    """
-    refuse(model.config)
-    writer = gguf.GGUFWriter(path, ARCHITECTURES[model.config.model_type].lower())
-    write_header(writer, model.config, unlikely(model, prompt))
-    total = 0
-    for name, array in tensors(model):
-        kind = type_of(name, array.shape)
-        codes = gguf.quantize(array, kind)
-        writer.add_tensor(name, codes, raw_dtype=kind)
-        total += codes.nbytes
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
-        step()
-    return total
-
-
 def pack(model, type_of: Callable) -> dict:
-    """The codes of every parameter under the types that `type_of` gives, with the type."""
+    """The codes of every parameter, by name, with their type; `type_of(name, shape)` chooses it."""
     kinds = {name: type_of("token_embd" if "embed" in name or "lm_head" in name else "blk", p.shape)
              for name, p in model.named_parameters()}
-    return {name: (gguf.quantize(p.detach().cpu().numpy(), kinds[name]), kinds[name])
+    return {name: (gguf.quantize(p.detach().float().cpu().numpy(), kinds[name]), kinds[name])
             for name, p in model.named_parameters()}
 
 
@@ -104,8 +66,36 @@ def unpack(codes: dict, model):
     return model
 
 
-def forward(model, type_of: Callable, rebuilt) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function from token ids to logits for `quality.compare`: the codes are packed once, and rebuilt as floats
-    into `rebuilt`, a model of the same shape that several may share, before each call."""
-    codes = pack(model, type_of)
+def forward(codes: dict, rebuilt) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function from token ids to logits for `quality.compare`: before each call the codes are rebuilt as floats into
+    `rebuilt`, a model of the same shape that several may share."""
     return lambda ids: quality.logits_of(unpack(codes, rebuilt))(ids)
+
+
+def unlikely(model, prompt: torch.Tensor) -> int:
+    """The token that the model is least likely to say after a prompt: a harmless end, since llama.cpp wants one."""
+    with torch.no_grad():
+        return int(model(prompt.to(model.device)).logits[0, -1].argmin())
+
+
+def write(codes: dict, model, path: Path, prompt: torch.Tensor) -> int:
+    """Write what `pack` made of a model. Returns the bytes of all tensors; what cannot be described is refused.
+
+    prompt : token ids that will be continued, for the end-of-text token.
+    """
+    config = model.config
+    refuse(config)
+    architecture, total = ARCHITECTURES[config.model_type], 0
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture], config.num_hidden_layers)
+    heads = {} if config.model_type == "falcon" else {"q_proj": config.num_attention_heads,
+                                                      "k_proj": config.num_key_value_heads}
+    writer = gguf.GGUFWriter(path, architecture.lower())
+    write_header(writer, config, unlikely(model, prompt))
+    for name, (array, kind) in codes.items():
+        reader = name.split(".")[-2]
+        array = pair_rows(array, heads[reader]) if reader in heads else array
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), array, raw_dtype=kind)
+        total += array.nbytes
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    return total
