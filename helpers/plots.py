@@ -133,10 +133,17 @@ def _label(ax, rows: pd.DataFrame) -> None:
     said = rows["variant"] + above.where(_over(rows), "")
     named = rows.assign(best=best, name=rows["variant"].mask(rows["baseline"].isna(), "baseline"))
     named = named.sort_values("best", ascending=False, kind="stable").drop_duplicates("name").index
-    adjust_text([ax.text(x[i], y[i], said[i], color=looks.ink(1 if best[i] else 0.65), **looks.SMALL)
-                 for i in named], x=x.tolist(), y=y.tolist(), ax=ax, expand=(1.15, 1.7), force_text=(0.5, 1.6),
-                force_static=(0.2, 0.4), force_explode=(0.3, 1.0), iter_lim=1200,
-                arrowprops={"arrowstyle": "-", "color": looks.ink(0.5), "lw": 0.4})
+    drawn = []
+    for explode in ((0.3, 1.0), (0.5, 1.5), (1.0, 2.0), (0.1, 0.5)):  # until no label covers another
+        for old in drawn:
+            old.remove()
+        texts, lines = adjust_text(
+            [ax.text(x[i], y[i], said[i], color=looks.ink(1 if best[i] else 0.65), **looks.SMALL) for i in named],
+            x=x.tolist(), y=y.tolist(), ax=ax, expand=(1.15, 1.7), force_text=(0.5, 1.6), force_static=(0.2, 0.4),
+            force_explode=explode, iter_lim=1200, arrowprops={"arrowstyle": "-", "color": looks.ink(0.5), "lw": 0.4})
+        drawn, boxes = [*texts, *lines], [text.get_window_extent() for text in texts]
+        if all(box.count_overlaps(boxes) == 1 for box in boxes):
+            break
 
 
 @chart("Quality against speed and size", _rated, lambda frame: 0.5 + 5.2 * frame["eval_text"].nunique())
