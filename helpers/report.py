@@ -111,6 +111,11 @@ def lessons(found: dict[str, Results]) -> str:
     return "\n".join(rows)
 
 
+def _measured(files: list) -> str:
+    """The first and the last day on which these results were measured."""
+    return " to ".join(f"{end(f.run.date for f in files)[:10]}" for end in (min, max))
+
+
 def readme_parts(found: dict[str, Results], slug: str) -> dict[str, str]:
     """README's generated parts in Markdown: "lessons", "chart", "results" and "claims"."""
     records, parts = headline_records(found), {"lessons": lessons(found)}
@@ -126,7 +131,7 @@ def readme_parts(found: dict[str, Results], slug: str) -> dict[str, str]:
     full = full.reset_index(names="variant").set_index("technique").drop(columns=["note", "Δ nll (nats)"])
     first = next(iter(found.values()))
     run = f"{records[0].model}, {first.machine.cpu}, {first.machine.cores} cores (`{slug}`), " \
-          f"{min(f.run.date for f in found.values())[:10]}. Intervals: 95 %. GB = 1e9 bytes."
+          f"{_measured(list(found.values()))}. Intervals: 95 %. GB = 1e9 bytes."
     chart = f'<picture>\n<source media="(prefers-color-scheme: dark)" srcset="figures/{slug}/speedup_dark.png">\n' \
             f'<img alt="Speed of every variant against the baseline of the same run" width="525" ' \
             f'src="figures/{slug}/speedup.png">\n</picture>'
@@ -163,8 +168,8 @@ def _conditions(found: dict[str, Results]) -> str:
             "compare within a lesson." if len(baselines) > 1 else ""
     return (f"Model: {', '.join(models)}. Machine: {hardware}, {place.memory_bytes / GB:.0f} GB memory ({place.slug}), "
             f"threads: {numbers['threads']}. torch {versions.get('torch', 'unknown')}, {', '.join(engines)}. Measured "
-            f"{min(f.run.date for f in files)[:10]} to {max(f.run.date for f in files)[:10]}; prompts of "
-            f"{numbers['prompt_tokens']} tokens, {numbers['new_tokens']} new ones.{drift}")
+            f"{_measured(files)}; prompts of {numbers['prompt_tokens']} tokens, {numbers['new_tokens']} new ones."
+            f"{drift}")
 
 
 def write_table(frame: pd.DataFrame, folder: Path, name: str) -> None:

@@ -275,6 +275,16 @@ def test_the_front_is_what_nothing_beats():
     assert plots.pareto(frame).tolist() == [False, True, True, True]
 
 
+def test_names_on_the_quality_chart_do_not_cover_each_other():
+    near = np.random.default_rng(1).lognormal(0, 0.3, (30, 2))  # one placement alone leaves two on each other
+    rows = [a_record(id=f"a-variant-{i}", variant=f"a-variant-{i}", baseline="fp32", decode_tokens_per_s=20 * x,
+                     perplexity=13 * y, weight_bytes=2000, eval_text="t", eval_seq_len=4)
+            for i, (x, y) in enumerate(near)]
+    fig = plots.quality_speed(results.frame(rows))
+    boxes = [t.get_window_extent() for t in fig.axes[0].texts]
+    assert len(boxes) == 30 and all(box.count_overlaps(boxes) == 1 for box in boxes)
+
+
 def test_machines_are_never_on_one_axis():
     two = pd.concat([results.frame(some_records()).assign(machine=name) for name in ("a", "b")], ignore_index=True)
     assert len(plots.speedup(two).axes) == 2 and len(plots.speedup(two[two["machine"] == "a"]).axes) == 1
