@@ -8,7 +8,7 @@ TORCH_CPU := --index-url https://download.pytorch.org/whl/cpu --timeout 10 --ret
 .PHONY: run test lint reference bench soak readme clean
 
 run: .venv/ready
-	$(PY) -m helpers.run
+	$(PY) -m helpers.series.run
 
 test: .venv/ready lint
 	$(PY) -m pytest
@@ -17,17 +17,17 @@ lint: .venv/ready
 	$(PY) -m ruff check .
 
 reference: .venv/ready
-	$(PY) -m helpers.run --reference
-	$(PY) -m helpers.report
+	$(PY) -m helpers.series.run --reference
+	$(PY) -m helpers.series.report
 
 bench: .venv/ready
-	status=0; for part in measuring engines serving; do $(PY) -m bench.$$part || status=1; done; exit $$status
+	status=0; for part in measuring engines serving; do $(PY) -m tests.bench.$$part || status=1; done; exit $$status
 
 soak: .venv/ready
-	$(PY) -m bench.soak
+	$(PY) -m tests.bench.soak
 
 readme: .venv/ready
-	$(PY) -m helpers.report
+	$(PY) -m helpers.series.report
 
 clean:
 	rm -rf .venv runs build *.egg-info .pytest_cache .ruff_cache

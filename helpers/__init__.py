@@ -5,4 +5,6 @@ import warnings
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own log lines
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-warnings.filterwarnings("ignore", message="IProgress not found")  # a widget that outputs do not hold anyway
+warnings.filterwarnings(
+    "ignore", message="IProgress not found"
+)  # a widget that outputs do not hold anyway

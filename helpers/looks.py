@@ -16,18 +16,41 @@ from PIL import Image
 
 from helpers.schema import TECHNIQUES
 
-COLOURS = dict(zip(TECHNIQUES, ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#808080"],
-                   strict=True))
+COLOURS = dict(
+    zip(
+        TECHNIQUES,
+        ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#808080"],
+        strict=True,
+    )
+)
 MARKERS = dict(zip(TECHNIQUES, "osD^vPX", strict=True))
 FACTOR = FuncFormatter(lambda value, _: f"{value:g}×")
 GIGABYTES = FuncFormatter(lambda value, _: f"{value / 1e9:g}")
 PERCENT = FuncFormatter(lambda value, _: f"{value:.0%}")
 STYLE = Path(__file__).with_name("house.mplstyle")
 PAPER, INK = "#0d1117", "#e6edf3"  # in the dark
-DARK = {"figure.facecolor": PAPER, "axes.facecolor": PAPER, "savefig.facecolor": PAPER, "text.color": INK,
-        "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "grid.color": "#30363d"}
+DARK = {
+    "figure.facecolor": PAPER,
+    "axes.facecolor": PAPER,
+    "savefig.facecolor": PAPER,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": "#30363d",
+}
 SMALL = {"fontsize": 6}
-RAW = ("warmup_s", "latency_s", "ttft_s", "inter_token_s", "pairs", "reasons", "details", "affinity")
+RAW = (
+    "warmup_s",
+    "latency_s",
+    "ttft_s",
+    "inter_token_s",
+    "pairs",
+    "reasons",
+    "details",
+    "affinity",
+)
 PUBLISHED = Path(__file__).parent / "data" / "published.csv"
 
 
@@ -42,7 +65,9 @@ def use_style() -> None:
 
 def ink(share: float = 1.0) -> tuple:
     """The colour of text, mixed with the paper's: a grey that is right in light and in dark."""
-    text, paper = (np.array(to_rgb(plt.rcParams[name])) for name in ("text.color", "figure.facecolor"))
+    text, paper = (
+        np.array(to_rgb(plt.rcParams[name])) for name in ("text.color", "figure.facecolor")
+    )
     return tuple(paper + share * (text - paper))
 
 
@@ -52,11 +77,21 @@ def title_of(technique: str) -> str:
 
 def says(ax, text: str, x, y, right: float = 4, **look) -> None:
     """A small label beside a point of the data."""
-    ax.annotate(text, (x, y), (right, 0), textcoords="offset points", **{"va": "center"} | SMALL | look)
+    ax.annotate(
+        text, (x, y), (right, 0), textcoords="offset points", **{"va": "center"} | SMALL | look
+    )
 
 
 def legend(fig, ax, columns: int = 3, **look) -> None:
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=columns, handlelength=1.4, **look)
+    fig.legend(
+        *ax.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=columns,
+        handlelength=1.4,
+        **look,
+    )
+
+
 def headline(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows that belong in a headline chart (see `results.frame`)."""
     return frame[frame["headline"]]
@@ -70,17 +105,26 @@ def with_bits(frame: pd.DataFrame) -> pd.DataFrame:
 
 def with_any(*columns: str):
     """Selects the headline rows of techniques of which one row at least has one of these values."""
+
     def select(frame: pd.DataFrame) -> pd.DataFrame:
         known = headline(frame)[lambda rows: rows[list(columns)].notna().any(axis=1)]
         return headline(frame)[lambda rows: rows["technique"].isin(known["technique"])]
+
     return select
 
 
 def of(technique: str, *sweeps: str):
-    """Selects the rows of a technique's sweeps; without sweeps its headline rows, CPU ranks and failures among them."""
-    return lambda frame: frame[(frame["technique"] == technique) & (
-        frame["sweep"].isin(sweeps) & (frame["status"] == "ok") if sweeps else frame["sweep"].isna())]
-
+    """Selects the rows of a technique's sweeps; without sweeps its headline rows, CPU ranks and
+    failures among them.
+    """
+    return lambda frame: frame[
+        (frame["technique"] == technique)
+        & (
+            frame["sweep"].isin(sweeps) & (frame["status"] == "ok")
+            if sweeps
+            else frame["sweep"].isna()
+        )
+    ]
 
 
 def detail(frame: pd.DataFrame, name: str) -> pd.Series:
@@ -95,13 +139,22 @@ def tall(frame: pd.DataFrame, by: str = "technique") -> float:
 
 
 def rows(ax, frame: pd.DataFrame, by: str = "technique") -> np.ndarray:
-    """One row a record, top to bottom, groups set apart by a heading; returns where each row stands."""
+    """One row a record, top to bottom, groups set apart by a heading; returns where each row
+    stands.
+    """
     y, at = [], 0.0
     for name, group in frame.groupby(by, sort=False):
         if frame[by].nunique() > 1:
-            ax.annotate(title_of(name), (0, at), (4, 0), xycoords=("axes fraction", "data"), va="center",
-                        textcoords="offset points", weight="bold",
-                        bbox={"fc": ax.get_facecolor(), "ec": "none", "pad": 0.5})
+            ax.annotate(
+                title_of(name),
+                (0, at),
+                (4, 0),
+                xycoords=("axes fraction", "data"),
+                va="center",
+                textcoords="offset points",
+                weight="bold",
+                bbox={"fc": ax.get_facecolor(), "ec": "none", "pad": 0.5},
+            )
             at += 1
         y += list(at + np.arange(len(group)))
         at += len(group) + 0.4
@@ -116,15 +169,34 @@ def failures(ax, frame: pd.DataFrame, y: np.ndarray, value: pd.Series, side: str
     """What has no value is said in its row, at one side of it, never left out."""
     for place, v, row in zip(y, value, frame.to_dict("records"), strict=True):
         if pd.isna(v):
-            why = row["status"] if row["status"] != "ok" else row["reasons"].get(value.name, "not measured")
+            why = (
+                row["status"]
+                if row["status"] != "ok"
+                else row["reasons"].get(value.name, "not measured")
+            )
             why = why if len(why) <= 16 else "not measured"
-            ax.annotate(why, (side == "right", place), (-2 if side == "right" else 4, 0), ha=side, va="center",
-                        xycoords=("axes fraction", "data"), textcoords="offset points", style="italic",
-                        color=ink(0.65), **SMALL)
+            ax.annotate(
+                why,
+                (side == "right", place),
+                (-2 if side == "right" else 4, 0),
+                ha=side,
+                va="center",
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                style="italic",
+                color=ink(0.65),
+                **SMALL,
+            )
 
 
-def bars(ax, frame: pd.DataFrame, column: str, form: Callable[[float], str] | None, label: str,
-         side: str = "left") -> np.ndarray:
+def bars(
+    ax,
+    frame: pd.DataFrame,
+    column: str,
+    form: Callable[[float], str] | None,
+    label: str,
+    side: str = "left",
+) -> np.ndarray:
     """A bar for each record, its value beside it (form None: none); returns where each row stands."""
     y, value = rows(ax, frame), frame[column].astype(float)
     ax.barh(y, value.fillna(0), height=0.62, color=[COLOURS[t] for t in frame["technique"]])
@@ -144,7 +216,13 @@ def ratio_axis(ax, least: float, most: float, label: str, narrow: bool = False) 
     if narrow:
         steps = (0.5, 1, 2) if span < 8 else (0.1, 1, 10)
     ax.set(xscale="log", xlim=(least / 1.15, most * 1.8), xlabel=label)
-    ax.set_xticks([s for s in (steps if span < 50 else (0.01, 0.1, 1, 10, 100)) if least / 1.15 <= s <= most * 1.6])
+    ax.set_xticks(
+        [
+            s
+            for s in (steps if span < 50 else (0.01, 0.1, 1, 10, 100))
+            if least / 1.15 <= s <= most * 1.6
+        ]
+    )
     ax.xaxis.set_major_formatter(FACTOR)
     ax.xaxis.set_minor_locator(NullLocator())
     ax.axvline(1, color=ink(0.8), lw=0.8, zorder=1)
@@ -157,20 +235,29 @@ def plain_log(axis, ticks: list[float]) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-
-def chart(title: str, select: Callable[[pd.DataFrame], pd.DataFrame], height: Callable[[pd.DataFrame], float]):
+def chart(
+    title: str,
+    select: Callable[[pd.DataFrame], pd.DataFrame],
+    height: Callable[[pd.DataFrame], float],
+):
     """Turn draw(fig, rows) into chart(frame, title) -> Figure, one column wide.
 
     select : the rows that belong in it; `Nothing`, in one sentence, where there are none.
-    height : inches that these rows take. Where a column `machine` names several, each has a panel of its own.
+    height : inches that these rows take. Where a column `machine` names several, each has a panel
+        of its own.
     """
+
     def decorate(draw):
         @functools.wraps(draw)
         def whole(frame: pd.DataFrame, title: str = title) -> Figure:
             chosen = select(frame)
             if chosen.empty:
                 raise Nothing(f"{title}: no record to draw.")
-            parts = list(chosen.groupby("machine", sort=False)) if "machine" in chosen else [("", chosen)]
+            parts = (
+                list(chosen.groupby("machine", sort=False))
+                if "machine" in chosen
+                else [("", chosen)]
+            )
             inches = [height(part) for _, part in parts]
             fig = plt.figure(figsize=(3.5, sum(inches)))
             fig.suptitle(title, x=0.01, ha="left", fontsize=8, weight="bold")
@@ -183,14 +270,19 @@ def chart(title: str, select: Callable[[pd.DataFrame], pd.DataFrame], height: Ca
 
         whole.rows = select
         return whole
+
     return decorate
 
 
 def flat(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows for a CSV file: raw runs left out, details as columns, columns without any value dropped."""
+    """Rows for a CSV file: raw runs left out, details as columns, columns without any value
+    dropped.
+    """
     rows = rows.reset_index(drop=True)
     if "details" in rows:
-        details = pd.DataFrame([found if isinstance(found, dict) else {} for found in rows["details"]])
+        details = pd.DataFrame(
+            [found if isinstance(found, dict) else {} for found in rows["details"]]
+        )
         rows = rows.drop(columns=[*RAW, *details.columns], errors="ignore").join(details)
     return rows.dropna(axis=1, how="all")
 
@@ -200,11 +292,14 @@ def _few_colours(image: Image.Image, most: int) -> Image.Image:
     return image.quantize(most, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
 
 
-def save(draw, frame: pd.DataFrame, folder: Path, caption: str, name: str = "", **title: str) -> Path:
-    """Draw a chart in light and in dark, and write all that a write-up needs; returns the path of the light .png.
+def save(
+    draw, frame: pd.DataFrame, folder: Path, caption: str, name: str = "", **title: str
+) -> Path:
+    """Draw a chart in light and in dark, and write all that a write-up needs; returns the path of
+    the light .png.
 
-    `name` (the chart's own, where none is given).svg, .pdf and .png (300 dpi), `name`_dark.svg and .png, the rows
-    that were drawn as .csv, the caption as .txt.
+    `name` (the chart's own, where none is given).svg, .pdf and .png (300 dpi), `name`_dark.svg and
+    .png, the rows that were drawn as .csv, the caption as .txt.
     """
     folder, name = Path(folder), name or draw.__name__
     folder.mkdir(parents=True, exist_ok=True)
@@ -214,7 +309,10 @@ def save(draw, frame: pd.DataFrame, folder: Path, caption: str, name: str = "", 
             fig = draw(frame, **title)
             for ending in endings:
                 path = folder / f"{name}{'_dark' * dark}.{ending}"
-                fig.savefig(path, metadata={"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(ending))
+                fig.savefig(
+                    path,
+                    metadata={"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(ending),
+                )
             plt.close(fig)
         _few_colours(Image.open(path).convert("RGB"), 128).save(path, optimize=True, dpi=(300, 300))
     flat(draw.rows(frame)).to_csv(folder / f"{name}.csv", index=False)

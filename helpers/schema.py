@@ -5,8 +5,15 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-TECHNIQUES = ("mixed_precision", "bfloat16", "quantization", "adapters", "pruning", "continuous_batching",
-              "multiple_gpus")
+TECHNIQUES = (
+    "mixed_precision",
+    "bfloat16",
+    "quantization",
+    "adapters",
+    "pruning",
+    "continuous_batching",
+    "multiple_gpus",
+)
 SPEED = ("tokens_per_s", "decode_tokens_per_s", "prefill_tokens_per_s")
 PAIRED = ("speedup", "speedup_ci95")
 MEMORY = ("weight_bytes", "kv_cache_bytes", "resident_before_bytes", "peak_bytes", "peak_kind")
@@ -139,7 +146,9 @@ class Results(Strict):
         ids = [r.id for r in self.records]
         if len(ids) != len(set(ids)):
             raise ValueError("record ids are not unique")
-        named = {r.baseline for r in self.records} | {p.baseline for r in self.records for p in r.pairs}
+        named = {r.baseline for r in self.records} | {
+            p.baseline for r in self.records for p in r.pairs
+        }
         if missing := named - {*ids, None}:
             raise ValueError(f"baselines that are no record here: {', '.join(sorted(missing))}")
         return self

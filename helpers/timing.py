@@ -1,4 +1,6 @@
-"""Generation timed token by token; variants measured in pairs with their baseline; intervals of their ratio."""
+"""Generation timed token by token; variants measured in pairs with their baseline; intervals of
+their ratio.
+"""
 
 import contextlib
 import dataclasses
@@ -53,7 +55,11 @@ class Generation:
     @property
     def decode_tokens_per_s(self) -> float | None:
         """New tokens after the first over the time they took; None for a single token."""
-        return self.batch_size * (self.new_tokens - 1) / sum(self.inter_token_s) if self.new_tokens > 1 else None
+        return (
+            self.batch_size * (self.new_tokens - 1) / sum(self.inter_token_s)
+            if self.new_tokens > 1
+            else None
+        )
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -82,14 +88,22 @@ def synchronize(device: str | torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def greedy(model, input_ids: torch.Tensor, new_tokens: int, context: Callable = contextlib.nullcontext,
-           clock: Callable[[], float] = time.perf_counter, **options) -> Call:
-    """A call that generates exactly `new_tokens` greedily with transformers and stamps each of them.
+def greedy(
+    model,
+    input_ids: torch.Tensor,
+    new_tokens: int,
+    context: Callable = contextlib.nullcontext,
+    clock: Callable[[], float] = time.perf_counter,
+    **options,
+) -> Call:
+    """A call that generates exactly `new_tokens` greedily with transformers and stamps each of
+    them.
 
     Parameters
     ----------
     input_ids : (batch, prompt_tokens) on any device; all rows of one length.
-    context : makes a context manager that is entered once around the whole generation (autocast, say).
+    context : makes a context manager that is entered once around the whole generation (autocast,
+        say).
     options : passed to `generate`.
     """
     ids = input_ids.to(model.device)
@@ -99,21 +113,33 @@ def greedy(model, input_ids: torch.Tensor, new_tokens: int, context: Callable = 
         synchronize(model.device)
         start = clock()
         with context():
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens,
-                                 do_sample=False, streamer=stamps, **options)
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                streamer=stamps,
+                **options,
+            )
         synchronize(model.device)
         latency = clock() - start
-        new = out[:, ids.shape[1]:].tolist()
+        new = out[:, ids.shape[1] :].tolist()
         if len(stamps.times) != new_tokens or len(new[0]) != new_tokens:
-            raise RuntimeError(f"{len(new[0])} new tokens came, {new_tokens} were asked for: is EOS unset?")
-        return Generation(latency, [t - start for t in stamps.times], ids.shape[1], ids.shape[0], new)
+            raise RuntimeError(
+                f"{len(new[0])} new tokens came, {new_tokens} were asked for: is EOS unset?"
+            )
+        return Generation(
+            latency, [t - start for t in stamps.times], ids.shape[1], ids.shape[0], new
+        )
 
     return call
 
 
 @dataclasses.dataclass
 class Series:
-    """What one variant gave: full-length warm-ups apart from the runs that count, or why there are none."""
+    """What one variant gave: full-length warm-ups apart from the runs that count, or why there are
+    none.
+    """
 
     warmup: list[Generation] = dataclasses.field(default_factory=list)
     runs: list[Generation] = dataclasses.field(default_factory=list)
@@ -140,33 +166,47 @@ def _guarded(series: Series, work: Callable):
         series.status, series.reason = "unsupported", str(error).split("\n")[0]
 
 
-def measure(factories: dict[str, Callable[[], Call]], baseline: str, pairs: int, warmup: int = 1,
-            together: bool = True, release: Callable[[], None] = lambda: None,
-            between: Callable[[], None] = lambda: None) -> dict[str, Series]:
-    """Measure variants against their baseline so that a drifting machine does not decide the result.
+def measure(
+    factories: dict[str, Callable[[], Call]],
+    baseline: str,
+    pairs: int,
+    warmup: int = 1,
+    together: bool = True,
+    release: Callable[[], None] = lambda: None,
+    between: Callable[[], None] = lambda: None,
+) -> dict[str, Series]:
+    """Measure variants against their baseline so that a drifting machine does not decide the
+    result.
 
-    together : all variants are loaded and take turns, A B C, C B A, A B C ...: run i of a variant and run i of the
-        baseline make a pair, and a linear drift cancels over two rounds. Otherwise, where they do not fit in memory
-        side by side, each variant is bracketed by half of the baseline's runs before and half after.
+    together : all variants are loaded and take turns, A B C, C B A, A B C ...: run i of a variant
+        and run i of the baseline make a pair, and a linear drift cancels over two rounds.
+        Otherwise, where they do not fit in memory side by side, each variant is bracketed by half
+        of the baseline's runs before and half after.
 
     Parameters
     ----------
-    factories : variant name to a function that loads it and returns its call; the baseline is one of them.
+    factories : variant name to a function that loads it and returns its call; the baseline is one
+        of them.
     pairs, warmup : runs that count, full-length runs before them.
     release : drops what the factories loaded (called between variants that are not together).
     between : called after every round (a bandwidth probe, say).
 
-    Returns a Series a variant; status "oom" or "unsupported" with a reason where the machine cannot do it.
+    Returns a Series a variant; status "oom" or "unsupported" with a reason where the machine cannot
+    do it.
     """
     if pairs < 1 or warmup < 0:
-        raise ValueError(f"REPEATS must be at least 1 and WARMUP at least 0, not {pairs} and {warmup}.")
+        raise ValueError(
+            f"REPEATS must be at least 1 and WARMUP at least 0, not {pairs} and {warmup}."
+        )
     found = {name: Series() for name in factories}
     step = progress(len(factories) * (pairs + warmup) + warmup * (not together), "runs")
     if together:
         calls = {name: _guarded(found[name], make) for name, make in factories.items()}
         for name, series in found.items():
             for _ in range(warmup * (series.status == "ok")):
-                _guarded(series, lambda name=name, series=series: series.warmup.append(calls[name]()))
+                _guarded(
+                    series, lambda name=name, series=series: series.warmup.append(calls[name]())
+                )
                 step()
         for i in range(pairs):
             for name in list(found)[:: 1 if i % 2 == 0 else -1]:
@@ -212,19 +252,27 @@ class Ratio(NamedTuple):
         return "within noise"
 
 
-def ratio(baseline_s: Sequence[float], variant_s: Sequence[float], confidence: float = 0.95) -> Ratio:
-    """Speed-up of a variant over its baseline from paired times: the geometric mean of baseline ÷ variant.
+def ratio(
+    baseline_s: Sequence[float], variant_s: Sequence[float], confidence: float = 0.95
+) -> Ratio:
+    """Speed-up of a variant over its baseline from paired times: the geometric mean of baseline ÷
+    variant.
 
-    Its interval is Student's t on the log ratios of the pairs, which are taken as independent; tokens within one
-    run are not (Student 1908, Biometrika 6:1; on logs as in Fleming and Wallace 1986, CACM 29:3).
+    Its interval is Student's t on the log ratios of the pairs, which are taken as independent;
+    tokens within one run are not (Student 1908, Biometrika 6:1; on logs as in Fleming and Wallace
+    1986, CACM 29:3).
     """
     if len(baseline_s) != len(variant_s) or not len(baseline_s):
-        raise ValueError(f"pairs needed: {len(baseline_s)} baseline and {len(variant_s)} variant times")
+        raise ValueError(
+            f"pairs needed: {len(baseline_s)} baseline and {len(variant_s)} variant times"
+        )
     logs = np.log(baseline_s) - np.log(variant_s)
     mean, n = float(np.mean(logs)), len(logs)
     if n == 1:
         return Ratio(math.exp(mean), None, None)
-    half = float(np.std(logs, ddof=1) / math.sqrt(n) * scipy.stats.t.ppf((1 + confidence) / 2, n - 1))
+    half = float(
+        np.std(logs, ddof=1) / math.sqrt(n) * scipy.stats.t.ppf((1 + confidence) / 2, n - 1)
+    )
     return Ratio(math.exp(mean), math.exp(mean - half), math.exp(mean + half))
 
 
@@ -238,8 +286,16 @@ def warnings(latency_s: Sequence[float], baseline_s: Sequence[float]) -> list[st
     """Sentences for a record when its runs, or its baseline's, moved by more than a tenth."""
     found = []
     if latency_s and spread(latency_s) > SPREAD_LIMIT:
-        found.append(f"unstable: spread of the runs {spread(latency_s):.0%} (interquartile range over median)")
+        found.append(
+            f"unstable: spread of the runs {spread(latency_s):.0%} (interquartile range over median)"
+        )
     half = len(baseline_s) // 2
-    if half and (drift := abs(math.log(np.median(baseline_s[:half]) / np.median(baseline_s[-half:])))) > SPREAD_LIMIT:
-        found.append(f"the machine drifted: first and second half of the baseline's runs differ by {drift:.0%}")
+    if (
+        half
+        and (drift := abs(math.log(np.median(baseline_s[:half]) / np.median(baseline_s[-half:]))))
+        > SPREAD_LIMIT
+    ):
+        found.append(
+            f"the machine drifted: first and second half of the baseline's runs differ by {drift:.0%}"
+        )
     return found

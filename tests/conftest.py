@@ -6,25 +6,39 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoTokenizer,
+    FalconConfig,
+    FalconForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
-from helpers import models, results, run
+from helpers import models, results
+from helpers.series import run
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")
 def run_lesson(tmp_path_factory):
-    """run_lesson("NN_name", **parameters) -> Results: executed once a session, small numbers, own folder."""
+    """run_lesson("NN_name", **parameters) -> Results: executed once a session, small numbers, own
+    folder.
+    """
     done = {}
 
     def run_once(name: str, **parameters):
         notebook = run.NOTEBOOKS / f"{name}.ipynb"
-        given = {k: v for k, v in run.SMOKE.items() if k in run.known_parameters(notebook)} | parameters
+        given = {
+            k: v for k, v in run.SMOKE.items() if k in run.known_parameters(notebook)
+        } | parameters
         key = (name, json.dumps({k: v for k, v in given.items() if v != "auto"}, sort_keys=True))
         if key not in done:
             folder = tmp_path_factory.mktemp(name)
-            places = {"RESULTS_DIR": str(folder / "results"), "FIGURES_DIR": str(folder / "figures")}
+            places = {
+                "RESULTS_DIR": str(folder / "results"),
+                "FIGURES_DIR": str(folder / "figures"),
+            }
             os.environ["SEVEN_PROFILE"] = "smoke"
             run.execute(notebook, folder / f"{name}.ipynb", given | places)
             done[key] = results.load(next((folder / "results").glob(f"*/{name}.json")))
@@ -36,7 +50,7 @@ def run_lesson(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def definitions():
-    """definitions("NN_name") -> dict: see `helpers.run.definitions`."""
+    """definitions("NN_name") -> dict: see `helpers.series.run.definitions`."""
     return run.definitions
 
 
@@ -48,18 +62,37 @@ def _saved(model, folder: Path) -> str:
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory) -> str:
-    """Folder of a tiny random LLaMA (grouped-query attention, tied head) with the default tokenizer."""
+    """Folder of a tiny random LLaMA (grouped-query attention, tied head) with the default
+    tokenizer.
+    """
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=49152, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
-                         max_position_embeddings=512)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=512,
+    )
     return _saved(LlamaForCausalLM(config), tmp_path_factory.mktemp("tiny-llama"))
 
 
 @pytest.fixture(scope="session")
 def tiny_falcon(tmp_path_factory) -> str:
-    """Folder of a tiny random Falcon (multi-query attention, fused query_key_value) with the default tokenizer."""
+    """Folder of a tiny random Falcon (multi-query attention, fused query_key_value) with the
+    default tokenizer.
+    """
     torch.manual_seed(0)
-    config = FalconConfig(vocab_size=49152, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-                          multi_query=True, parallel_attn=True, bias=False, new_decoder_architecture=False)
+    config = FalconConfig(
+        vocab_size=49152,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        multi_query=True,
+        parallel_attn=True,
+        bias=False,
+        new_decoder_architecture=False,
+    )
     return _saved(FalconForCausalLM(config), tmp_path_factory.mktemp("tiny-falcon"))

@@ -1,15 +1,18 @@
-"""Lesson 03: bytes as predicted, the twin's function, GGUF read back, SmoothQuant's equivalence, round trips."""
+"""Lesson 03: bytes as predicted, the twin's function, GGUF read back, SmoothQuant's equivalence,
+round trips.
+"""
 
 import copy
 import functools
-import sys
 
 import gguf
 import psutil
 import pytest
 import torch
 
-from helpers import machine, memory, models, results, run, timing
+from helpers import machine, memory, models, timing
+from helpers.series import run
+from helpers.workers import engine_process
 
 LESSON = "03_quantization"
 TORCH = ["fp32", "int8", "int8-threshold-0", "nf4", "nf4-dq", "fp4"]
@@ -18,12 +21,11 @@ LADDER = ["llamacpp-f32", "llamacpp-f16", "llamacpp-q8", "llamacpp-q4"]
 
 @pytest.fixture(scope="module")
 def lesson(definitions):
-    sys.path.insert(0, str(results.ROOT / "notebooks" / "workers"))
     return definitions(LESSON)
 
 
 def written(lesson, model, path, bits, prompt):
-    file, type_of = lesson["gguf_file"], functools.partial(lesson["gguf_type"], bits=bits)
+    file, type_of = lesson["gguf_03"], functools.partial(lesson["gguf_type"], bits=bits)
     return file.write(file.pack(model, type_of), model, path, prompt)
 
 
@@ -58,24 +60,34 @@ def test_small_blocks_contain_an_outlier(lesson):
 
 def test_nf4_by_hand_is_what_bitsandbytes_does(lesson):
     functional = lesson["bitsandbytes"].functional
-    assert torch.allclose(lesson["nf4_levels"](), functional.get_4bit_type("nf4", device="cpu"), atol=1e-6)
+    assert torch.allclose(
+        lesson["nf4_levels"](), functional.get_4bit_type("nf4", device="cpu"), atol=1e-6
+    )
     w = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
     codes, state = functional.quantize_4bit(w, blocksize=64, quant_type="nf4")
     ours = lesson["nf4_by_hand"](w, 64)
     assert torch.allclose(ours, functional.dequantize_4bit(codes, state), atol=1e-6)
     assert torch.allclose(lesson["nf4_by_hand"](ours, 64), ours, atol=1e-6)  # on the grid already
     fp4 = functional.dequantize_4bit(*functional.quantize_4bit(w, blocksize=64, quant_type="fp4"))
-    assert (ours - w).square().mean() < 0.8 * (fp4 - w).square().mean()  # normal weights are what it is made for
+    assert (ours - w).square().mean() < 0.8 * (
+        fp4 - w
+    ).square().mean()  # normal weights are what it is made for
 
 
 # ---- bytes, the twin, GGUF
 
 
-@pytest.mark.parametrize("options, scheme", [
-    ({"load_in_8bit": True}, "int8"),
-    ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "nf4"),
-    ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}, "nf4-dq"),
-])
+@pytest.mark.parametrize(
+    "options, scheme",
+    [
+        ({"load_in_8bit": True}, "int8"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "nf4"),
+        (
+            {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+            "nf4-dq",
+        ),
+    ],
+)
 def test_predicted_bytes_are_held(lesson, tiny_llama, options, scheme):
     expected = lesson["predicted_bytes"](models.load(tiny_llama), scheme)
     net = models.load(tiny_llama, quantization_config=lesson["BitsAndBytesConfig"](**options))
@@ -95,7 +107,9 @@ def test_the_twin_computes_the_same_off_the_grid(tiny_llama):
     for name, p in twin.model.layers.named_parameters():
         if p.ndim == 2:
             assert ((p * 4096).round() != p * 4096).float().mean() > 0.9, name
-    assert (net.model.layers[0].mlp.up_proj.weight * 4096 % 1 == 0).all()  # the original is left alone
+    assert (
+        net.model.layers[0].mlp.up_proj.weight * 4096 % 1 == 0
+    ).all()  # the original is left alone
 
 
 def test_other_architectures_have_no_twin(tiny_falcon):
@@ -126,10 +140,14 @@ def test_llamacpp_reads_the_file_back(lesson, request, tmp_path, model):
 
 
 def test_an_engine_that_does_not_answer_is_ended(lesson, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys.modules["asleep"], "LIMIT_S", 0.01)  # shorter than any start
+    monkeypatch.setattr(engine_process, "LIMIT_S", 0.01)  # shorter than any start
     with pytest.raises(NotImplementedError, match=r"did not answer within 0\.01 s"):
         lesson["Worker"]("llamacpp", tmp_path / "none.gguf", 1, 20)
-    assert not [child for child in psutil.Process().children() if "engine_stamps.py" in " ".join(child.cmdline())]
+    assert not [
+        child
+        for child in psutil.Process().children()
+        if "engines_03.py" in " ".join(child.cmdline())
+    ]
 
 
 @pytest.mark.parametrize("bits", ["f32", "f16", "q8", "q4"])
@@ -141,24 +159,46 @@ def test_files_are_as_large_as_predicted(lesson, tiny_llama, tmp_path, bits):
     assert told == sum(int(t.n_bytes) for t in found) == lesson["predicted_bytes"](net, bits)
     kinds = {t.name: t.tensor_type.name for t in found}
     assert kinds["token_embd.weight"] == {"f32": "F32", "f16": "F16"}.get(bits, "Q8_0")
-    assert kinds["blk.0.ffn_down.weight"] == {"f32": "F32", "f16": "F16", "q8": "Q8_0", "q4": "Q4_1"}[bits]
+    assert (
+        kinds["blk.0.ffn_down.weight"]
+        == {"f32": "F32", "f16": "F16", "q8": "Q8_0", "q4": "Q4_1"}[bits]
+    )
 
 
 def test_rows_are_paired_within_each_head(lesson):
     weight = torch.arange(12).reshape(12, 1).numpy()
-    assert lesson["gguf_file"].pair_rows(weight, 2).flatten().tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+    assert lesson["gguf_03"].pair_rows(weight, 2).flatten().tolist() == [
+        0,
+        3,
+        1,
+        4,
+        2,
+        5,
+        6,
+        9,
+        7,
+        10,
+        8,
+        11,
+    ]
 
 
 def test_the_original_grid_flatters_one_scheme(lesson, tiny_llama):
     def there_and_back(model):
-        codes = lesson["gguf_file"].pack(model, functools.partial(lesson["gguf_type"], bits="q4"))
-        return lesson["gguf_file"].unpack(codes, copy.deepcopy(model))
+        codes = lesson["gguf_03"].pack(model, functools.partial(lesson["gguf_type"], bits="q4"))
+        return lesson["gguf_03"].unpack(codes, copy.deepcopy(model))
 
     net = models.load(tiny_llama)
     once = there_and_back(net)
     twice = there_and_back(once)
-    change = [float((a - b).detach().abs().max()) for a, b in zip(once.parameters(), twice.parameters(), strict=True)]
-    first = max(float((a - b).detach().abs().max()) for a, b in zip(net.parameters(), once.parameters(), strict=True))
+    change = [
+        float((a - b).detach().abs().max())
+        for a, b in zip(once.parameters(), twice.parameters(), strict=True)
+    ]
+    first = max(
+        float((a - b).detach().abs().max())
+        for a, b in zip(net.parameters(), once.parameters(), strict=True)
+    )
     assert max(change) < first / 20
 
 
@@ -176,7 +216,9 @@ def test_smoothing_changes_no_output(lesson, request, model):
         assert torch.allclose(smooth(ids).logits, net(ids).logits, atol=1e-4)
     readers = {name for _, group in lesson["after_norms"](net) for name in group}
     moved = dict(smooth.named_modules())
-    assert all(not torch.equal(moved[n].weight, m.weight) for n, m in net.named_modules() if n in readers)
+    assert all(
+        not torch.equal(moved[n].weight, m.weight) for n, m in net.named_modules() if n in readers
+    )
     for name, m in moment.items():
         assert m.shape == (len(largest[name]),) * 2, name
 
@@ -220,8 +262,11 @@ def check_records(found, twin: bool):
     assert kept["llamacpp-f32"].peak_bytes >= kept["llamacpp-f32"].weight_bytes
     steps = [r for r in found.records if r.sweep == "batch_size"]
     assert {r.batch_size for r in steps} == set(run.SMOKE["BATCH_SIZES"])
-    assert all(r.details["dequantize_s"] + r.details["fused_s"] > 0 for r in steps
-               if r.variant.startswith("nf4") and r.device == "cpu")
+    assert all(
+        r.details["dequantize_s"] + r.details["fused_s"] > 0
+        for r in steps
+        if r.variant.startswith("nf4") and r.device == "cpu"
+    )
     assert kept["deep-fp32"].details["smoothing_logit_change"] < 1e-2
     assert all(r.reason for r in found.records if r.status != "ok")
 
@@ -238,7 +283,11 @@ def test_lesson_on_the_default_model(run_lesson):
     check_records(found, twin=True)
     kept = by_variant(found)
     quality = functools.partial(lambda name: kept[name].nll_delta)
-    assert abs(kept["llamacpp-q4"].details["original_nll_delta"]) < 1e-3 < quality("llamacpp-q4")  # the old grid
+    assert (
+        abs(kept["llamacpp-q4"].details["original_nll_delta"]) < 1e-3 < quality("llamacpp-q4")
+    )  # the old grid
     assert quality("llamacpp-q8") < min(quality("nf4"), quality("fp4"))
-    assert quality("rtn4-g32") < quality("rtn3-g32") and quality("rtn3-g32-sensitive") < quality("rtn3-g32")
+    assert quality("rtn4-g32") < quality("rtn3-g32") and quality("rtn3-g32-sensitive") < quality(
+        "rtn3-g32"
+    )
     assert kept["nf4"].weight_bytes < kept["fp32"].weight_bytes / 3

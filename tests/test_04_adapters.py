@@ -11,7 +11,16 @@ from helpers import models, results
 
 LESSON = "04_adapters"
 TRAINED = ("lora", "qlora", "llama-adapter", "ia3")
-HEADLINE = ["base", "lora", "lora-merged", "llama-adapter", "ia3", "nf4", "qlora", "merged-then-nf4"]
+HEADLINE = [
+    "base",
+    "lora",
+    "lora-merged",
+    "llama-adapter",
+    "ia3",
+    "nf4",
+    "qlora",
+    "merged-then-nf4",
+]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +43,9 @@ class Bar:
 
 def lora_config(own, net, **options):
     targets = sorted({name.rsplit(".", 1)[-1] for name in own["linear_layers"](net)})
-    return peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", **options)
+    return peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", **options
+    )
 
 
 def trainable(net) -> int:
@@ -54,8 +65,15 @@ def test_headline_variants_are_timed_weighed_and_scored(records):
 
 
 def test_rows_of_many_tasks(records):
-    assert {r.id for r in records.values() if r.sweep == "tasks"} == {"three-models", "three-adapters"}
-    assert {r.id for r in records.values() if r.sweep == "serving"} == {"serve-base", "serve-mixed", "serve-in-turns"}
+    assert {r.id for r in records.values() if r.sweep == "tasks"} == {
+        "three-models",
+        "three-adapters",
+    }
+    assert {r.id for r in records.values() if r.sweep == "serving"} == {
+        "serve-base",
+        "serve-mixed",
+        "serve-in-turns",
+    }
     assert all(r.status == "ok" for r in records.values())
 
 
@@ -65,7 +83,10 @@ def test_every_engine_has_the_same_threads(records):
 
 def test_trainable_count_is_predicted(records):
     for name in TRAINED:
-        assert records[name].details["trainable_parameters"] == records[name].details["parameters_predicted"]
+        assert (
+            records[name].details["trainable_parameters"]
+            == records[name].details["parameters_predicted"]
+        )
 
 
 def test_adapter_is_small_and_its_file_holds_its_numbers(records):
@@ -92,7 +113,8 @@ def test_tuning_lowers_heldout_perplexity(records):
 def test_quantization_costs_what_tuning_wins_back(records):
     assert records["nf4"].nll_delta > 0
     assert records["qlora"].details["nll_against_nf4"] == pytest.approx(
-        records["qlora"].nll_delta - records["nf4"].nll_delta, abs=1e-9)
+        records["qlora"].nll_delta - records["nf4"].nll_delta, abs=1e-9
+    )
 
 
 def test_four_bit_weights_are_smaller(records):
@@ -117,8 +139,13 @@ def test_three_adapters_weigh_less_than_three_models(records):
     one, three = records["three-adapters"], records["three-models"]
     assert three.weight_bytes == one.details["adapters"] * records["base"].weight_bytes
     adapters_bytes = one.weight_bytes - records["base"].weight_bytes
-    assert adapters_bytes == one.details["adapters"] * 4 * records["lora"].details["trainable_parameters"]
-    assert one.peak_bytes - one.resident_before_bytes < 0.6 * (three.peak_bytes - three.resident_before_bytes)
+    assert (
+        adapters_bytes
+        == one.details["adapters"] * 4 * records["lora"].details["trainable_parameters"]
+    )
+    assert one.peak_bytes - one.resident_before_bytes < 0.6 * (
+        three.peak_bytes - three.resident_before_bytes
+    )
     assert len(one.details["set_adapter_s"]) == one.details["adapters"]
 
 
@@ -139,8 +166,11 @@ def test_layers_are_found_in_any_architecture(own, request, kind):
     net = models.load(request.getfixturevalue(kind))
     layers = own["linear_layers"](net)
     leaves = {name.rsplit(".", 1)[-1] for name in layers}
-    assert leaves == ({"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"} if kind == "tiny_falcon" else
-                      {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
+    assert leaves == (
+        {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+        if kind == "tiny_falcon"
+        else {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    )
     predicted = own["lora_parameters"](net, 4)
     assert trainable(peft.get_peft_model(net, lora_config(own, net))) == predicted
 
@@ -155,9 +185,16 @@ def test_prompt_parameters_are_predicted(own, tiny_llama):
 @pytest.mark.parametrize("kind", ["tiny_llama", "tiny_falcon"])
 def test_factors_are_predicted_and_begin_at_the_model_itself(own, request, kind):
     net, rows = models.load(request.getfixturevalue(kind)), torch.ones(1, 4, dtype=torch.long)
-    targets = [n for n in {name.rsplit(".", 1)[-1] for name in own["linear_layers"](net)} if n in own["SCALED"]]
-    config = peft.IA3Config(target_modules=targets, feedforward_modules=[n for n in targets if own["SCALED"][n]],
-                            task_type="CAUSAL_LM")
+    targets = [
+        n
+        for n in {name.rsplit(".", 1)[-1] for name in own["linear_layers"](net)}
+        if n in own["SCALED"]
+    ]
+    config = peft.IA3Config(
+        target_modules=targets,
+        feedforward_modules=[n for n in targets if own["SCALED"][n]],
+        task_type="CAUSAL_LM",
+    )
     with torch.no_grad():
         before, predicted = net(rows).logits, own["scale_parameters"](net)
         scaled = peft.get_peft_model(net, config)
@@ -175,19 +212,29 @@ def test_training_moves_the_adapter_and_nothing_else(own, request, kind, tmp_pat
     config = lora_config(own, net)
     found = own["learn"](lambda: net, config, [rows] * 8, 0.02, tmp_path / "adapter")
     assert found["train_losses"][-1] < found["train_losses"][0]
-    after = {name.replace(".base_layer", ""): p for name, p in net.named_parameters() if "lora_" not in name}
-    assert after.keys() == before.keys() and all(torch.equal(p, before[name]) for name, p in after.items())
+    after = {
+        name.replace(".base_layer", ""): p
+        for name, p in net.named_parameters()
+        if "lora_" not in name
+    }
+    assert after.keys() == before.keys() and all(
+        torch.equal(p, before[name]) for name, p in after.items()
+    )
     again = models.load(request.getfixturevalue(kind))
     tuned = peft.PeftModel.from_pretrained(again, tmp_path / "adapter").eval()
     with torch.no_grad():
         apart = tuned(rows).logits
-        assert not torch.allclose(apart, models.load(request.getfixturevalue(kind))(rows).logits, atol=1e-3)
+        assert not torch.allclose(
+            apart, models.load(request.getfixturevalue(kind))(rows).logits, atol=1e-3
+        )
         assert torch.allclose(apart, tuned.merge_and_unload()(rows).logits, atol=1e-4)
 
 
 def test_prompts_of_a_llama_adapter_learn_faster_than_its_gates(own, tiny_llama):
     config = peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM")
-    optimizer, _ = own["optimizer_for"](peft.get_peft_model(models.load(tiny_llama), config), 0.01, 1)
+    optimizer, _ = own["optimizer_for"](
+        peft.get_peft_model(models.load(tiny_llama), config), 0.01, 1
+    )
     gates, prompts = optimizer.param_groups
     assert [p.numel() for p in gates["params"]] == [1, 1]
     assert [p.numel() for p in prompts["params"]] == [4 * 64, 4 * 64]
@@ -223,7 +270,9 @@ def test_interrupted_training_leaves_no_adapter(own, tiny_llama, tmp_path):
 @pytest.mark.parametrize("content", ["", "Too short."])
 def test_too_little_text_is_refused_in_a_sentence(own, content):
     text = models.Text("small", content, "")
-    with pytest.raises(ValueError, match=r"the text small has \d+ tokens.*TRAIN_LENGTH=64.*DATASET"):
+    with pytest.raises(
+        ValueError, match=r"the text small has \d+ tokens.*TRAIN_LENGTH=64.*DATASET"
+    ):
         own["sequences"](text, models.tokenizer(), 64, 2)
 
 
@@ -240,7 +289,9 @@ def test_sequences_are_seeded_and_begin_again(own):
 def test_a_text_file_is_split_into_disjoint_rows(own, tmp_path):
     file = tmp_path / "domain.txt"
     file.write_text("\n\n".join(f"paragraph {i}" for i in range(10)), encoding="utf-8")
-    training, heldout = (own["read"](split, str(file)).content.split("\n\n") for split in ("training", "evaluation"))
+    training, heldout = (
+        own["read"](split, str(file)).content.split("\n\n") for split in ("training", "evaluation")
+    )
     assert heldout == ["paragraph 0", "paragraph 5"]
     assert len(training) == 8 and not set(training) & set(heldout)
 
@@ -258,15 +309,20 @@ def test_a_folder_s_columns_become_text(own, tmp_path, monkeypatch):
 
 def test_a_data_set_that_is_not_there(own, tmp_path, capsys):
     nowhere = str(tmp_path / "nowhere" / "at" / "all")
-    with pytest.raises(ValueError, match=r"^DATASET='.*' is no file or folder here and no data set .* hub\.$"):
+    with pytest.raises(
+        ValueError, match=r"^DATASET='.*' is no file or folder here and no data set .* hub\.$"
+    ):
         own["texts"](nowhere, asked=True)
     assert own["texts"](nowhere, asked=False)[0] == models.text("training")
     assert "the embedded text is used" in capsys.readouterr().out
 
 
 def test_break_even(own):
-    found = list(own["break_even"](change_s=1.0, extra_s=0.01, model_bytes=1000, adapter_bytes=10, each_s=2.0,
-                                   mixed_s=3.0).values())
+    found = list(
+        own["break_even"](
+            change_s=1.0, extra_s=0.01, model_bytes=1000, adapter_bytes=10, each_s=2.0, mixed_s=3.0
+        ).values()
+    )
     assert found == [100, 2, 100, 3]
     never = list(own["break_even"](1.0, -0.01, 1000, 600, -1.0, 3.0).values())
     assert never == [math.inf, 3, 1, math.inf]
@@ -275,8 +331,15 @@ def test_break_even(own):
 def test_the_lesson_runs_on_falcon(run_lesson, tiny_falcon):
     small = {"EVAL_TOKENS": 64, "REPEATS": 1, "WARMUP": 0, "TRAIN_STEPS": 3, "TRAIN_LENGTH": 32}
     found = {r.id: r for r in run_lesson(LESSON, MODEL=tiny_falcon, **small).records}
-    assert found["llama-adapter"].status == "unsupported" and "falcon" in found["llama-adapter"].reason
-    for r in (found[name] for name in ("nf4", "qlora", "merged-then-nf4", "qlora-merged")):  # never 4-bit in name only
+    assert (
+        found["llama-adapter"].status == "unsupported" and "falcon" in found["llama-adapter"].reason
+    )
+    for r in (
+        found[name] for name in ("nf4", "qlora", "merged-then-nf4", "qlora-merged")
+    ):  # never 4-bit in name only
         assert r.status == "unsupported" or r.weight_bytes < found["base"].weight_bytes
-    assert found["lora"].details["trainable_parameters"] == found["lora"].details["parameters_predicted"]
+    assert (
+        found["lora"].details["trainable_parameters"]
+        == found["lora"].details["parameters_predicted"]
+    )
     assert found["lora"].details["reload_same"] is True

@@ -9,8 +9,16 @@ import torch
 from helpers import models
 
 LESSON = "05_pruning"
-HEADLINE = ["dense", "magnitude-50", "wanda-50", "wanda-2:4", "structured-20", "layers-20", "layers-20-lora",
-            "dense-lora"]
+HEADLINE = [
+    "dense",
+    "magnitude-50",
+    "wanda-50",
+    "wanda-2:4",
+    "structured-20",
+    "layers-20",
+    "layers-20-lora",
+    "dense-lora",
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +37,17 @@ def ids():
 
 
 def weights(lesson, model):
-    return {f"{at}.{name}": layer.weight for at, block in enumerate(lesson["blocks"](model))
-            for name, layer in lesson["linears"](block).items()}
+    return {
+        f"{at}.{name}": layer.weight
+        for at, block in enumerate(lesson["blocks"](model))
+        for name, layer in lesson["linears"](block).items()
+    }
 
 
 def test_mask_drops_the_floor_and_the_earlier_of_equals(lesson):
-    mask = lesson["mask_of"](torch.tensor([[1.0, 1.0, 1.0, 0.5, 2.0], [5.0, 4.0, 3.0, 2.0, 1.0]]), 0.5)
+    mask = lesson["mask_of"](
+        torch.tensor([[1.0, 1.0, 1.0, 0.5, 2.0], [5.0, 4.0, 3.0, 2.0, 1.0]]), 0.5
+    )
     assert mask.tolist() == [[True, False, False, True, False], [False, False, False, True, True]]
 
 
@@ -66,7 +79,9 @@ def test_everything_but_the_linear_layers_is_untouched(lesson, folder, ids, meth
     lesson["wanda"](pruned, ids, 0.5) if method == "wanda" else lesson["magnitude"](pruned, 0.5)
     touched = {id(w) for w in weights(lesson, pruned).values()}
     others = [name for name, p in pruned.named_parameters() if id(p) not in touched]
-    assert any("embed" in name for name in others) and any("norm" in name or "ln" in name for name in others)
+    assert any("embed" in name for name in others) and any(
+        "norm" in name or "ln" in name for name in others
+    )
     for name in others:
         assert torch.equal(pruned.get_parameter(name), before.get_parameter(name)), name
     for name, weight in weights(lesson, pruned).items():
@@ -75,14 +90,18 @@ def test_everything_but_the_linear_layers_is_untouched(lesson, folder, ids, meth
 
 
 def slow_wanda_masks(model, layers, ids, sparsity):
-    """Wanda once more, from the paper: whole forward passes, one sequence at a time, sums in float64, row by row."""
+    """Wanda once more, from the paper: whole forward passes, one sequence at a time, sums in
+    float64, row by row.
+    """
     masks = {}
     for at, names in enumerate(layers):
         squares, hooks = {name: 0.0 for name in names}, []
         for name, layer in names.items():
+
             def add(_, args, __, name=name, squares=squares):
                 x = args[0].detach().double().reshape(-1, args[0].shape[-1])
-                squares[name] = squares[name] + (x ** 2).sum(0).numpy()
+                squares[name] = squares[name] + (x**2).sum(0).numpy()
+
             hooks.append(layer.register_forward_hook(add))
         with torch.no_grad():
             for sequence in ids:
@@ -94,8 +113,10 @@ def slow_wanda_masks(model, layers, ids, sparsity):
             mask = np.zeros(values.shape, bool)
             for row in range(len(values)):
                 scores = np.abs(values[row].astype(np.float64)) * np.sqrt(squares[name])
-                ranked = sorted(range(len(scores)), key=lambda column, scores=scores: scores[column])
-                mask[row, ranked[:math.floor(len(scores) * sparsity)]] = True
+                ranked = sorted(
+                    range(len(scores)), key=lambda column, scores=scores: scores[column]
+                )
+                mask[row, ranked[: math.floor(len(scores) * sparsity)]] = True
             masks[f"{at}.{name}"] = mask
         for name, layer in names.items():
             layer.weight.data[torch.from_numpy(masks[f"{at}.{name}"])] = 0.0
@@ -104,8 +125,10 @@ def slow_wanda_masks(model, layers, ids, sparsity):
 
 def test_wanda_equals_a_slow_reference(lesson, folder, ids):
     net = models.load(folder)
-    layers = [{name: m for name, m in block.named_modules() if type(m).__name__.endswith("Linear")}
-              for block in (net.model.layers if hasattr(net, "model") else net.transformer.h)]
+    layers = [
+        {name: m for name, m in block.named_modules() if type(m).__name__.endswith("Linear")}
+        for block in (net.model.layers if hasattr(net, "model") else net.transformer.h)
+    ]
     expected = slow_wanda_masks(net, layers, ids, 0.5)
     found = weights(lesson, lesson["wanda"](models.load(folder), ids, 0.5))
     assert found.keys() == expected.keys()
@@ -119,7 +142,9 @@ def test_wanda_looks_at_pruned_blocks(lesson, tiny_llama, ids):
     with torch.no_grad():
         hidden, kwargs = lesson["first_inputs"](net, ids)
         block = lesson["blocks"](net)[1]
-        norms = lesson["input_norms"](block, lesson["through"](lesson["blocks"](net)[0], hidden, kwargs), kwargs)
+        norms = lesson["input_norms"](
+            block, lesson["through"](lesson["blocks"](net)[0], hidden, kwargs), kwargs
+        )
         dense = lesson["mask_of"](block.mlp.down_proj.weight.abs() * norms["mlp.down_proj"], 0.5)
     pruned = lesson["wanda"](models.load(tiny_llama), ids, 0.5)
     assert not torch.equal(lesson["blocks"](pruned)[1].mlp.down_proj.weight == 0, dense)
@@ -135,13 +160,18 @@ def test_importance_is_the_sum_of_weight_times_gradient(lesson, folder, ids):
             assert float(score[kind].sum()) == pytest.approx(whole, rel=1e-4)
     parts, units = lesson["coupled"](lesson["blocks"](net)[0], net.config)["channels"]
     taylor = [(layer.weight * layer.weight.grad).abs().detach() for layer, _ in parts]
-    third = sum(float(t[3].sum() if dim == 0 else t[:, 3].sum()) for t, (_, dim) in zip(taylor, parts, strict=True))
+    third = sum(
+        float(t[3].sum() if dim == 0 else t[:, 3].sum())
+        for t, (_, dim) in zip(taylor, parts, strict=True)
+    )
     assert float(found[0]["channels"][3]) == pytest.approx(third, rel=1e-4)
 
 
 @pytest.mark.parametrize("portion", [0.1, 0.2, 0.3])
 def test_a_cut_model_is_the_model_without_those_units(lesson, folder, ids, portion):
-    """Removing a unit gives what zeroing the columns that it feeds gives; config and shapes agree after reload."""
+    """Removing a unit gives what zeroing the columns that it feeds gives; config and shapes agree
+    after reload.
+    """
     whole, cut = models.load(folder), models.load(folder)
     before = sum(p.numel() for p in lesson["blocks"](cut).parameters())
     scores = lesson["importances"](models.load(folder), ids)
@@ -161,12 +191,16 @@ def test_a_cut_model_is_the_model_without_those_units(lesson, folder, ids, porti
 def test_cut_models_are_ordinary_checkpoints(lesson, folder, ids, tmp_path):
     scores = lesson["importances"](models.load(folder), ids)
     alike = lesson["similarity"](models.load(folder), ids)
-    small = {"width": lesson["narrow"](models.load(folder), scores, 0.3),
-             "depth": lesson["shorten"](models.load(folder), alike, 0.3)}
+    small = {
+        "width": lesson["narrow"](models.load(folder), scores, 0.3),
+        "depth": lesson["shorten"](models.load(folder), alike, 0.3),
+    }
     for name, model in small.items():
         model.save_pretrained(tmp_path / name)
         with torch.no_grad():
-            torch.testing.assert_close(models.load(str(tmp_path / name))(ids).logits, model(ids).logits)
+            torch.testing.assert_close(
+                models.load(str(tmp_path / name))(ids).logits, model(ids).logits
+            )
 
 
 def test_multi_query_attention_has_no_group_to_spare(lesson, tiny_falcon, tiny_llama):
@@ -206,7 +240,11 @@ def test_stored_forms_multiply_alike_and_take_what_they_say(lesson):
     w = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
     w = w.masked_fill(lesson["mask_of"](w.abs(), 0.5), 0)
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
-    expected = {"as_dense": w.nbytes, "as_csr": 33 * 4 + 1024 * (4 + 4), "as_bitmask": 1024 * 4 + w.numel() // 8}
+    expected = {
+        "as_dense": w.nbytes,
+        "as_csr": 33 * 4 + 1024 * (4 + 4),
+        "as_bitmask": 1024 * 4 + w.numel() // 8,
+    }
     for name, size in expected.items():
         parts, multiply = lesson[name](w)
         torch.testing.assert_close(multiply(x), x @ w.T, rtol=1e-5, atol=1e-5)
@@ -233,7 +271,9 @@ def test_the_lesson_finds(run_lesson, request, which):
     by_id = {r.id: r for r in found.records}
     headline = [r for r in found.records if r.sweep is None]
     assert [r.variant for r in headline] == HEADLINE
-    assert all(r.status == "ok" and r.perplexity and r.peak_bytes and r.tokens_per_s for r in headline)
+    assert all(
+        r.status == "ok" and r.perplexity and r.peak_bytes and r.tokens_per_s for r in headline
+    )
     assert {r.sweep for r in found.records} == {None, "sparsity", "share", "storage"}
     dense = by_id["dense"].weight_bytes
     for name in ("magnitude-50", "wanda-50", "wanda-2:4", "dense-lora"):
@@ -253,5 +293,8 @@ def test_on_a_real_model_wanda_beats_magnitude(run_lesson):
     by_id = {r.id: r for r in run_lesson(LESSON, MODEL="auto").records}
     assert by_id["wanda-50"].perplexity < by_id["magnitude-50"].perplexity
     assert by_id["dense"].perplexity < by_id["wanda-50"].perplexity
-    removed = [by_id[f"{name}-share"].details["removed_share"] for name in ("layers-10", "layers-20", "layers-30")]
+    removed = [
+        by_id[f"{name}-share"].details["removed_share"]
+        for name in ("layers-10", "layers-20", "layers-30")
+    ]
     assert removed == pytest.approx([0.1, 0.2, 0.3], abs=0.01)

@@ -1,4 +1,6 @@
-"""Lesson 06: the simulator, the same text from every scheduler, servers good and bad, and nothing left running."""
+"""Lesson 06: the simulator, the same text from every scheduler, servers good and bad, and nothing
+left running.
+"""
 
 import contextlib
 import http.server
@@ -18,19 +20,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import models, results, run, serving
+from helpers import models, results
+from helpers.series import processes, run
+from helpers.workers import client_06, engines_06_client
 
 LESSON = "06_continuous_batching"
-WORKERS = results.ROOT / "notebooks" / "workers"
-sys.path.insert(0, str(WORKERS))
-import batch_engines  # noqa: E402
-import client  # noqa: E402
 
-HEADLINE = ["one-by-one", "static-transformers", "static-vllm", "continuous-vllm", "continuous-transformers",
-            "continuous-openvino", "continuous-llamacpp"]
+HEADLINE = [
+    "one-by-one",
+    "static-transformers",
+    "static-vllm",
+    "continuous-vllm",
+    "continuous-transformers",
+    "continuous-openvino",
+    "continuous-llamacpp",
+]
 OWN = run.definitions(LESSON)
 simulate = OWN["simulate"]
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
+)
 LENGTHS, SLOTS = st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 9)
 
 
@@ -70,7 +79,7 @@ def test_simulator_serves_everyone_in_slots_that_do_not_overlap(lengths, slots, 
 def test_continuous_is_never_slower_and_never_better_than_full_slots(lengths, slots):
     static, continuous = (makespan(simulate(lengths, slots, way)) for way in (False, True))
     assert max(max(lengths), sum(lengths) / slots) <= continuous <= static
-    assert static == sum(max(lengths[at:at + slots]) for at in range(0, len(lengths), slots))
+    assert static == sum(max(lengths[at : at + slots]) for at in range(0, len(lengths), slots))
 
 
 @settings(deadline=None, max_examples=20)
@@ -86,25 +95,54 @@ def test_rows_of_the_timeline_do_not_overlap():
 
 def test_every_section_left_its_records(records):
     assert set(HEADLINE) <= set(records)
-    assert {"batch-1", "batch-4", "prefix-cache-off", "prefix-cache-on", "threads-all", "threads-default", "rate-2",
-            "rate-8"} <= set(records)
-    assert {r.sweep for r in records.values()} == {None, "batch_size", "prefix_cache", "threads", "request_rate"}
-    for name, base in (("static-transformers", "one-by-one"), ("continuous-transformers", "static-transformers")):
+    assert {
+        "batch-1",
+        "batch-4",
+        "prefix-cache-off",
+        "prefix-cache-on",
+        "threads-all",
+        "threads-default",
+        "rate-2",
+        "rate-8",
+    } <= set(records)
+    assert {r.sweep for r in records.values()} == {
+        None,
+        "batch_size",
+        "prefix_cache",
+        "threads",
+        "request_rate",
+    }
+    for name, base in (
+        ("static-transformers", "one-by-one"),
+        ("continuous-transformers", "static-transformers"),
+    ):
         assert records[name].baseline == base and records[name].pairs and records[name].speedup > 0
     for name in HEADLINE:
         if records[name].status == "ok":
             said = records[name].details
-            assert said["useful_tokens"] == records["one-by-one"].details["useful_tokens"] and said["precision"]
+            assert (
+                said["useful_tokens"] == records["one-by-one"].details["useful_tokens"]
+                and said["precision"]
+            )
             low, high = (said["useful_tokens"] / end(records[name].latency_s) for end in (max, min))
             assert 0.999 * low <= records[name].tokens_per_s <= 1.001 * high
 
 
 @needs_vllm
 def test_schedulers_change_no_word(records):
-    for name in ("one-by-one", "static-transformers", "static-vllm", "continuous-vllm", "continuous-transformers"):
+    for name in (
+        "one-by-one",
+        "static-transformers",
+        "static-vllm",
+        "continuous-vllm",
+        "continuous-transformers",
+    ):
         assert records[name].status == "ok", records[name].reason
         assert records[name].details["same_text_share"] == 1.0, name
-    for name in ("continuous-openvino", "continuous-llamacpp"):  # 4-bit weights, activations in 8 bits; short answers
+    for name in (
+        "continuous-openvino",
+        "continuous-llamacpp",
+    ):  # 4-bit weights, activations in 8 bits; short answers
         if records[name].status == "ok":
             assert records[name].details["same_text_share"] > 0.1, name
 
@@ -123,7 +161,10 @@ def test_factors_multiply_and_paging_reserves_less(records):
 @needs_vllm
 def test_batches_gain_and_stay_below_the_limit(records):
     assert records["batch-4"].tokens_per_s > records["batch-1"].tokens_per_s
-    assert all(0 < records[n].tokens_per_s <= 1.1 * records[n].limit_tokens_per_s for n in ("batch-1", "batch-4"))
+    assert all(
+        0 < records[n].tokens_per_s <= 1.1 * records[n].limit_tokens_per_s
+        for n in ("batch-1", "batch-4")
+    )
     assert records["prefix-cache-on"].ttft_s[-1] < records["prefix-cache-off"].ttft_s[-1]
 
 
@@ -140,9 +181,11 @@ def test_load_was_measured_without_a_failure(records):
 def test_nothing_of_it_is_left_running(ran):
     """Orphans too, so all processes are asked, and the port that the server had."""
     executed = nbformat.read(ran.folder / f"{LESSON}.ipynb", 4)
-    said = "".join(out.get("text", "") for cell in executed.cells for out in cell.get("outputs", []))
+    said = "".join(
+        out.get("text", "") for cell in executed.cells for out in cell.get("outputs", [])
+    )
     words = [" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])]
-    assert not [w for w in words if str(WORKERS) in w or "tuned=" in w]
+    assert not [w for w in words if "helpers/workers" in w or "tuned=" in w]
     if importlib.util.find_spec("vllm"):
         port = int(re.search(r"api_server on port (\d+)", said).group(1))
         with socket.socket() as probe:
@@ -150,25 +193,40 @@ def test_nothing_of_it_is_left_running(ran):
 
 
 def test_goodput_and_failures_by_hand():
-    found = {"ttfts": [0.1, 2.0, 0.2, 0.0], "itls": [[0.1, 0.1], [0.1], [0.5], []], "errors": ["", "", "", "refused"],
-             "duration": 2.0}
-    said = client.summary(found, 1.0, 0.2)
+    found = {
+        "ttfts": [0.1, 2.0, 0.2, 0.0],
+        "itls": [[0.1, 0.1], [0.1], [0.5], []],
+        "errors": ["", "", "", "refused"],
+        "duration": 2.0,
+    }
+    said = client_06.summary(found, 1.0, 0.2)
     assert said["failed_requests"] == 1 and said["goodput_per_s"] == 0.5
     assert said["ttft_p50_s"] == 0.2 and said["inter_token_p99_s"] <= 0.5
-    nobody = client.summary(found | {"errors": ["x"] * 4}, 1.0, 0.2)
-    assert nobody["failed_requests"] == 4 and nobody["goodput_per_s"] == 0 and nobody["ttft_p50_s"] is None
+    nobody = client_06.summary(found | {"errors": ["x"] * 4}, 1.0, 0.2)
+    assert (
+        nobody["failed_requests"] == 4
+        and nobody["goodput_per_s"] == 0
+        and nobody["ttft_p50_s"] is None
+    )
 
 
 @contextlib.contextmanager
 def bad_server(how: str):
-    """A server that refuses fields, wants another key, talks nonsense, or never answers; its address."""
+    """A server that refuses fields, wants another key, talks nonsense, or never answers; its
+    address.
+    """
+
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             if how == "hangs":
                 time.sleep(3)
                 return
-            code, body = {"refuses": (422, b"Unexpected keys in the request: ignore_eos"), "key": (401, b"{}"),
-                          "nonsense": (200, b"good day"), "not json": (200, b"data: {good day}\n\n")}[how]
+            code, body = {
+                "refuses": (422, b"Unexpected keys in the request: ignore_eos"),
+                "key": (401, b"{}"),
+                "nonsense": (200, b"good day"),
+                "not json": (200, b"data: {good day}\n\n"),
+            }[how]
             self.send_response(code)
             self.end_headers()
             self.wfile.write(body)
@@ -187,14 +245,23 @@ def bad_server(how: str):
         server.server_close()
 
 
-@pytest.mark.parametrize(("how", "said"), [
-    ("refuses", r"refuses the fields that the load generator sends \(HTTP 422: Unexpected keys.*ignore_eos\)"),
-    ("key", "wants another key than OPENAI_API_KEY"), ("nonsense", "is no completion"),
-    ("not json", "is no completion"), ("hangs", "did not answer within 1 s")])
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        (
+            "refuses",
+            r"refuses the fields that the load generator sends \(HTTP 422: Unexpected keys.*ignore_eos\)",
+        ),
+        ("key", "wants another key than OPENAI_API_KEY"),
+        ("nonsense", "is no completion"),
+        ("not json", "is no completion"),
+        ("hangs", "did not answer within 1 s"),
+    ],
+)
 @pytest.mark.parametrize("model", ["base", ""])
 def test_a_server_that_cannot_be_measured_gets_one_sentence(how, said, model):
     with bad_server(how) as url:
-        _, why = client.refusal(url, {}, model, timeout_s=1)
+        _, why = client_06.refusal(url, {}, model, timeout_s=1)
     assert why.startswith(url) and "\n" not in why
     assert re.search(said, why), why
 
@@ -203,15 +270,23 @@ def test_an_address_where_nobody_listens_stops_the_lesson_at_once(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     with pytest.raises(Exception, match=rf"SERVER_URL: http://127.0.0.1:{port} cannot be reached"):
-        run.execute(run.NOTEBOOKS / f"{LESSON}.ipynb", tmp_path / "out.ipynb",
-                    {"SERVER_URL": f"http://127.0.0.1:{port}", "RESULTS_DIR": str(tmp_path / "r")})
+        run.execute(
+            run.NOTEBOOKS / f"{LESSON}.ipynb",
+            tmp_path / "out.ipynb",
+            {"SERVER_URL": f"http://127.0.0.1:{port}", "RESULTS_DIR": str(tmp_path / "r")},
+        )
     assert not list(tmp_path.rglob("*.json"))
 
 
 def test_a_text_longer_than_the_model_is_refused_in_one_sentence(tmp_path):
-    with pytest.raises(Exception, match=r"MAX_LENGTH=99999 must hold the longest text .* and fit the model"):
-        run.execute(run.NOTEBOOKS / f"{LESSON}.ipynb", tmp_path / "out.ipynb",
-                    {"MAX_LENGTH": 99999, "RESULTS_DIR": str(tmp_path / "r")})
+    with pytest.raises(
+        Exception, match=r"MAX_LENGTH=99999 must hold the longest text .* and fit the model"
+    ):
+        run.execute(
+            run.NOTEBOOKS / f"{LESSON}.ipynb",
+            tmp_path / "out.ipynb",
+            {"MAX_LENGTH": 99999, "RESULTS_DIR": str(tmp_path / "r")},
+        )
 
 
 LLAMACPP = """
@@ -231,67 +306,120 @@ while True:
 def llamacpp():
     """A second real server: llama.cpp's."""
     pytest.importorskip("xllamacpp")
-    with serving.server([sys.executable, "-c", LLAMACPP, models.default_gguf(), "{port}"], key_variable="LLAMA_KEY",
-                        ready_s=60) as server:
+    with processes.server(
+        [sys.executable, "-c", LLAMACPP, models.default_gguf(), "{port}"],
+        key_variable="LLAMA_KEY",
+        ready_s=60,
+    ) as server:
         yield server
 
 
 def test_streaming_client_on_llamacpp(llamacpp):
-    model, why = client.refusal(llamacpp.url, llamacpp.headers, "")
+    model, why = client_06.refusal(llamacpp.url, llamacpp.headers, "")
     assert model and why is None
-    body = {"model": model, "prompt": "The capital of France is", "max_tokens": 6, **client.FIELDS}
-    pieces = list(client.stream(llamacpp.url, llamacpp.headers, body))
+    body = {
+        "model": model,
+        "prompt": "The capital of France is",
+        "max_tokens": 6,
+        **client_06.FIELDS,
+    }
+    pieces = list(client_06.stream(llamacpp.url, llamacpp.headers, body))
     stamps = [at for at, _ in pieces]
     assert stamps == sorted(stamps) and "Paris" in "".join(text for _, text in pieces)
-    assert "another key" in client.refusal(llamacpp.url, {}, model)[1]
+    assert "another key" in client_06.refusal(llamacpp.url, {}, model)[1]
 
 
 @needs_vllm
 def test_load_generator_on_llamacpp(llamacpp, tmp_path):
-    asked = {"tokenizer": models.resolve(), "texts": ["The capital of France is", "I am so fast that I can"] * 2,
-             "lengths": [4, 6, 5, 7], "rates": [20], "count": 4, "seed": 0}
-    model, _ = client.refusal(llamacpp.url, llamacpp.headers, "")
-    found = client.load(llamacpp.url, llamacpp.api_key, model, sys.executable, asked, tmp_path, 120)[20]
-    assert client.summary(found, 10.0, 10.0)["failed_requests"] == 0
+    asked = {
+        "tokenizer": models.resolve(),
+        "texts": ["The capital of France is", "I am so fast that I can"] * 2,
+        "lengths": [4, 6, 5, 7],
+        "rates": [20],
+        "count": 4,
+        "seed": 0,
+    }
+    model, _ = client_06.refusal(llamacpp.url, llamacpp.headers, "")
+    found = client_06.load(
+        llamacpp.url, llamacpp.api_key, model, sys.executable, asked, tmp_path, 120
+    )[20]
+    assert client_06.summary(found, 10.0, 10.0)["failed_requests"] == 0
     assert len(found["ttfts"]) == 4
-    assert 20 <= found["total_output_tokens"] <= 22  # of a server that is not vLLM it counts the text, tokenized anew
+    assert (
+        20 <= found["total_output_tokens"] <= 22
+    )  # of a server that is not vLLM it counts the text, tokenized anew
 
 
 @needs_vllm
 def test_lesson_measures_another_server_and_says_what_it_left_out(llamacpp, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", llamacpp.api_key)
-    small = {k: v for k, v in run.SMOKE.items() if k in run.known_parameters(run.NOTEBOOKS / f"{LESSON}.ipynb")}
-    run.execute(run.NOTEBOOKS / f"{LESSON}.ipynb", tmp_path / "out.ipynb", small | {
-        "RUN_VLLM": False, "SERVER_URL": llamacpp.url, "RATES": [8], "RESULTS_DIR": str(tmp_path)})
+    small = {
+        k: v
+        for k, v in run.SMOKE.items()
+        if k in run.known_parameters(run.NOTEBOOKS / f"{LESSON}.ipynb")
+    }
+    run.execute(
+        run.NOTEBOOKS / f"{LESSON}.ipynb",
+        tmp_path / "out.ipynb",
+        small
+        | {
+            "RUN_VLLM": False,
+            "SERVER_URL": llamacpp.url,
+            "RATES": [8],
+            "RESULTS_DIR": str(tmp_path),
+        },
+    )
     records = {r.id: r for r in results.load(next(tmp_path.rglob(f"{LESSON}.json"))).records}
     assert records["rate-8"].engine == "another server" and records["rate-8"].tokens_per_s > 0
     assert records["rate-8"].details["failed_requests"] == 0
     for name in ("static-vllm", "continuous-vllm", "prefix-cache-on", "threads-all"):
         assert (records[name].status, records[name].reason) == ("unsupported", "RUN_VLLM is off")
-    assert records["batch-4"].engine == "transformers" and records["continuous-transformers"].status == "ok"
+    assert (
+        records["batch-4"].engine == "transformers"
+        and records["continuous-transformers"].status == "ok"
+    )
 
 
 @needs_vllm
 def test_a_load_that_fails_says_so_and_leaves_nothing(tmp_path):
-    asked = {"tokenizer": models.resolve(), "texts": ["Well,"] * 3, "lengths": [4] * 3, "rates": [20],
-             "count": 3, "seed": 0}
-    with bad_server("hangs") as url, pytest.raises(serving.ServingError, match=r"load\.py") as caught:
-        client.load(url, "", "base", sys.executable, asked, tmp_path, 30)
-    assert str(caught.value).splitlines()[0].startswith("load.py")
-    assert not [p for p in psutil.Process().children(recursive=True) if "load.py" in " ".join(p.cmdline())]
+    asked = {
+        "tokenizer": models.resolve(),
+        "texts": ["Well,"] * 3,
+        "lengths": [4] * 3,
+        "rates": [20],
+        "count": 3,
+        "seed": 0,
+    }
+    with (
+        bad_server("hangs") as url,
+        pytest.raises(processes.ServingError, match=r"load_06\.py") as caught,
+    ):
+        client_06.load(url, "", "base", sys.executable, asked, tmp_path, 30)
+    assert str(caught.value).splitlines()[0].startswith("load_06.py")
+    assert not [
+        p
+        for p in psutil.Process().children(recursive=True)
+        if "load_06.py" in " ".join(p.cmdline())
+    ]
 
 
 def test_worker_that_cannot_start_is_said(tmp_path):
     with pytest.raises(NotImplementedError, match="the engine ended with code"):
-        batch_engines.Worker("llamacpp", tmp_path / "nothing.gguf", 1, 2, 64)
+        engines_06_client.Worker("llamacpp", tmp_path / "nothing.gguf", 1, 2, 64)
 
 
-@pytest.mark.parametrize(("engine", "package"), [("openvino", "openvino_genai"), ("llamacpp", "xllamacpp")])
+@pytest.mark.parametrize(
+    ("engine", "package"), [("openvino", "openvino_genai"), ("llamacpp", "xllamacpp")]
+)
 def test_worker_gives_every_request_its_own_length(engine, package):
     pytest.importorskip(package)
-    worker = batch_engines.Worker(engine, models.default_gguf(), len(os.sched_getaffinity(0)), 2, 256)
+    worker = engines_06_client.Worker(
+        engine, models.default_gguf(), len(os.sched_getaffinity(0)), 2, 256
+    )
     try:
-        prompts = models.tokenizer()(["The capital of France is", "One, two, three,", "I am so"]).input_ids
+        prompts = models.tokenizer()(
+            ["The capital of France is", "One, two, three,", "I am so"]
+        ).input_ids
         found = worker(prompts, [4, 9, 2])
     finally:
         worker.close()

@@ -1,4 +1,6 @@
-"""limits and machine: arithmetic of the limits, plausible measurements, what the machine says of itself."""
+"""limits and machine: arithmetic of the limits, plausible measurements, what the machine says of
+itself.
+"""
 
 import re
 
@@ -46,10 +48,17 @@ def test_the_slug_of_gpus_is_their_names(monkeypatch):
 
 
 def test_native_dtypes_follow_the_instruction_sets(monkeypatch):
-    for flags, expected in (({"avx2"}, (False, False)), ({"avx512_bf16"}, (False, True)),
-                            ({"avx512_fp16", "amx_bf16"}, (True, True))):
-        monkeypatch.setattr(machine, "cpu", lambda flags=flags: {"model": "x", "flags": sorted(flags)})
-        assert machine.native_dtypes("cpu") == dict(zip(("float16", "bfloat16"), expected, strict=True))
+    for flags, expected in (
+        ({"avx2"}, (False, False)),
+        ({"avx512_bf16"}, (False, True)),
+        ({"avx512_fp16", "amx_bf16"}, (True, True)),
+    ):
+        monkeypatch.setattr(
+            machine, "cpu", lambda flags=flags: {"model": "x", "flags": sorted(flags)}
+        )
+        assert machine.native_dtypes("cpu") == dict(
+            zip(("float16", "bfloat16"), expected, strict=True)
+        )
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])

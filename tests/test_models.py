@@ -1,4 +1,6 @@
-"""models: the embedded model and texts, bad names in one sentence, a cache that two processes may fill at once."""
+"""models: the embedded model and texts, bad names in one sentence, a cache that two processes may
+fill at once.
+"""
 
 import concurrent.futures
 import json
@@ -50,8 +52,11 @@ assert (folder / "model.safetensors").read_text() == "weights"
 
 
 def fill(cache, log) -> int:
-    return subprocess.run([sys.executable, "-c", CONVERT, str(log)], env=os.environ | {"XDG_CACHE_HOME": str(cache)},
-                          check=False).returncode
+    return subprocess.run(
+        [sys.executable, "-c", CONVERT, str(log)],
+        env=os.environ | {"XDG_CACHE_HOME": str(cache)},
+        check=False,
+    ).returncode
 
 
 def test_two_processes_convert_once_and_damage_is_mended(tmp_path):
@@ -61,7 +66,11 @@ def test_two_processes_convert_once_and_damage_is_mended(tmp_path):
     assert log.read_text() == "made\n"
     weights = next(cache.rglob("model.safetensors"))
     weights.write_text("wrong!!")
-    assert fill(cache, log) == 0 and log.read_text() == "made\nmade\n" and weights.read_text() == "weights"
+    assert (
+        fill(cache, log) == 0
+        and log.read_text() == "made\nmade\n"
+        and weights.read_text() == "weights"
+    )
     weights.unlink()
     assert fill(cache, log) == 0 and weights.read_text() == "weights"
 
@@ -75,8 +84,11 @@ def test_a_weight_in_another_dtype_is_an_error(tiny_llama, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     real = AutoModelForCausalLM.from_pretrained
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained",
-                        lambda *a, **k: real(*a, **k | {"dtype": torch.float16}))
+    monkeypatch.setattr(
+        AutoModelForCausalLM,
+        "from_pretrained",
+        lambda *a, **k: real(*a, **k | {"dtype": torch.float16}),
+    )
     with pytest.raises(RuntimeError, match=r"asked for torch\.float32 weights"):
         models.load(tiny_llama)
 
@@ -85,16 +97,23 @@ def test_bad_models_get_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"is no folder with a config\.json in it"):
         models.resolve(str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match="neither a folder here nor a model that can be reached") as error:
+    with pytest.raises(
+        ValueError, match="neither a folder here nor a model that can be reached"
+    ) as error:
         models.resolve("nobody/nothing-at-all")
     assert "\n" not in str(error.value)
 
 
 def test_texts_are_disjoint_long_enough_and_named_by_hash():
-    texts = {name: models.text(name) for name in ("training", "calibration", "evaluation", "out-of-domain")}
+    texts = {
+        name: models.text(name)
+        for name in ("training", "calibration", "evaluation", "out-of-domain")
+    }
     paragraphs = {n: {p for p in t.content.split("\n\n") if len(p) > 200} for n, t in texts.items()}
     names = list(texts)
-    assert all(not paragraphs[a] & paragraphs[b] for i, a in enumerate(names) for b in names[i + 1:])
+    assert all(
+        not paragraphs[a] & paragraphs[b] for i, a in enumerate(names) for b in names[i + 1 :]
+    )
     assert len({t.sha256 for t in texts.values()}) == 4
     for name in ("evaluation", "out-of-domain"):
         assert len(models.tokenizer()(texts[name].content).input_ids) > 8200
@@ -105,4 +124,5 @@ def test_texts_are_disjoint_long_enough_and_named_by_hash():
 def test_the_manifest_lists_every_file():
     folder = models.default_folder()
     assert set(json.loads((folder / "manifest.json").read_text())) == {
-        p.name for p in folder.iterdir()} - {"manifest.json"}
+        p.name for p in folder.iterdir()
+    } - {"manifest.json"}

@@ -10,29 +10,69 @@ import gguf
 import pandas as pd
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, FalconConfig, MixtralConfig, T5Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    FalconConfig,
+    MixtralConfig,
+    T5Config,
+)
 
-from helpers import anatomy, models, planner
+from helpers import models
+from helpers.series import anatomy, planner
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = pd.read_csv(planner.DATA / "published.csv")
-PARAMETERS = {"falcon-7b": 6_921_720_704, "falcon-40b": 41_303_293_952, "llama-7b": 6_738_415_616,
-              "llama-30b": 32_528_943_616, "llama-2-7b": 6_738_415_616, "llama-2-70b": 68_976_648_192,
-              "llama-3.1-8b": 8_030_261_248, "qwen2.5-3b": 3_085_938_688}
-TOLERANCE = {"fp32": 0.015, "fp16": 0.015, "bf16": 0.015, "fp16-autocast": 0.015, "dense": 0.015, "int8": 0.03,
-             "nf4": 0.03, "nf4-dq": 0.03, "fp4": 0.03, "fp4-dq": 0.03, "tp4": 0.02, "tp8": 0.02,
-             "sequential4": 0.02, "sequential8": 0.02, "fsdp": 0.05}
-# The 4-bit table of litgpt's tutorials/inference.md (2024): Llama-2-70B, nf4-dq, A100 40GB, GB of the fullest GPU.
-# It is in no data file of the project, and the 16-bit table beside it does not tell what quantizing takes.
-UNSEEN = {("tensor", 2): 19.79, ("tensor", 4): 10.73, ("tensor", 8): 6.15, ("sequential", 2): 20.00,
-          ("sequential", 4): 10.80, ("sequential", 5): 8.96, ("sequential", 8): 6.23}
+PARAMETERS = {
+    "falcon-7b": 6_921_720_704,
+    "falcon-40b": 41_303_293_952,
+    "llama-7b": 6_738_415_616,
+    "llama-30b": 32_528_943_616,
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-70b": 68_976_648_192,
+    "llama-3.1-8b": 8_030_261_248,
+    "qwen2.5-3b": 3_085_938_688,
+}
+TOLERANCE = {
+    "fp32": 0.015,
+    "fp16": 0.015,
+    "bf16": 0.015,
+    "fp16-autocast": 0.015,
+    "dense": 0.015,
+    "int8": 0.03,
+    "nf4": 0.03,
+    "nf4-dq": 0.03,
+    "fp4": 0.03,
+    "fp4-dq": 0.03,
+    "tp4": 0.02,
+    "tp8": 0.02,
+    "sequential4": 0.02,
+    "sequential8": 0.02,
+    "fsdp": 0.05,
+}
+# The 4-bit table of litgpt's tutorials/inference.md (2024): Llama-2-70B, nf4-dq, A100 40GB, GB of
+# the fullest GPU.
+# It is in no data file of the project, and the 16-bit table beside it does not tell what quantizing
+# takes.
+UNSEEN = {
+    ("tensor", 2): 19.79,
+    ("tensor", 4): 10.73,
+    ("tensor", 8): 6.15,
+    ("sequential", 2): 20.00,
+    ("sequential", 4): 10.80,
+    ("sequential", 5): 8.96,
+    ("sequential", 8): 6.23,
+}
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_are_those_of_the_real_model(name):
     found = planner.parameters(planner.describe(name))
     assert found["total"] == PARAMETERS[name]
-    assert sum(found[k] for k in ("embedding", "head", "linear", "experts", "other")) == found["total"]
+    assert (
+        sum(found[k] for k in ("embedding", "head", "linear", "experts", "other")) == found["total"]
+    )
     assert found["layer"] * planner.describe(name).layers == found["linear"]
 
 
@@ -45,9 +85,14 @@ def test_litgpt_keeps_falcons_head_untied():
     tied, untied = planner.parameters(falcon), planner.parameters(falcon, untied=True)
     assert tied["head"] == 0 and untied["head"] == untied["embedding"] == 65024 * 4544
     assert round(untied["total"] / 1e9, 3) == 7.217
-    weights = [planner.memory(falcon, t, engine="litgpt")["weight_bytes"] / 1e9 for t in ("fp32", "bf16")]
+    weights = [
+        planner.memory(falcon, t, engine="litgpt")["weight_bytes"] / 1e9 for t in ("fp32", "bf16")
+    ]
     assert [round(gigabytes, 2) for gigabytes in weights] == [28.87, 14.43]
-    assert planner.parameters(planner.describe("llama-7b"), untied=True)["total"] == PARAMETERS["llama-7b"]
+    assert (
+        planner.parameters(planner.describe("llama-7b"), untied=True)["total"]
+        == PARAMETERS["llama-7b"]
+    )
 
 
 def test_every_published_peak_is_predicted():
@@ -60,7 +105,9 @@ def test_every_published_peak_is_predicted():
 
 @pytest.fixture
 def published(tmp_path, monkeypatch):
-    """published(frame): the planner sees these published rows instead of the project's, until the test ends."""
+    """published(frame): the planner sees these published rows instead of the project's, until the
+    test ends.
+    """
 
     def instead(frame: pd.DataFrame):
         frame.to_csv(tmp_path / "published.csv", index=False)
@@ -73,13 +120,17 @@ def published(tmp_path, monkeypatch):
     planner.checked.cache_clear()
 
 
-@pytest.mark.parametrize("source", ["article.txt", "litgpt tutorials/quantize.md", "litgpt tutorials/inference.md",
-                                    "LLM-Pruner"])
+@pytest.mark.parametrize(
+    "source",
+    ["article.txt", "litgpt tutorials/quantize.md", "litgpt tutorials/inference.md", "LLM-Pruner"],
+)
 def test_one_source_left_out_is_still_predicted(source, published):
     left_out = PUBLISHED["source"].str.startswith(source)
     published(PUBLISHED[~left_out])
     assert not planner.checked()["source"].str.startswith(source).any()
-    peaks = [row for row in PUBLISHED[left_out].itertuples() if row.metric.startswith("peak_memory")]
+    peaks = [
+        row for row in PUBLISHED[left_out].itertuples() if row.metric.startswith("peak_memory")
+    ]
     tried = [(row, planner.setting(row)) for row in peaks if planner.setting(row)]
     assert tried
     for row, how in tried:
@@ -90,8 +141,15 @@ def test_one_source_left_out_is_still_predicted(source, published):
 
 @pytest.mark.parametrize(("split", "gpus"), UNSEEN)
 def test_unseen_figures_are_predicted(split, gpus):
-    predicted = planner.memory(planner.describe("llama-2-70b"), "nf4-dq", engine="litgpt", prompt=8, length=264,
-                               gpus=gpus, split=split)["total_bytes"]
+    predicted = planner.memory(
+        planner.describe("llama-2-70b"),
+        "nf4-dq",
+        engine="litgpt",
+        prompt=8,
+        length=264,
+        gpus=gpus,
+        split=split,
+    )["total_bytes"]
     assert predicted == pytest.approx(UNSEEN[split, gpus] * 1e9, rel=0.02)
 
 
@@ -111,52 +169,89 @@ def published_speeds():
         if how := planner.setting(row):
             gpu = planner.gpu(row.hardware.split("x ", 1)[1])
             keys = {key: how[key] for key in ("technique", "engine", "gpus", "split")}
-            best = planner.limit(planner.describe(row.model), gpu=gpu, batch=int(row.batch_size), **keys)
+            best = planner.limit(
+                planner.describe(row.model), gpu=gpu, batch=int(row.batch_size), **keys
+            )
             yield row, row.value / best
 
 
 def test_no_published_speed_lies_above_the_limit():
     found = list(published_speeds())
-    assert len(found) == (PUBLISHED["metric"].eq("tokens_per_s") & PUBLISHED["batch_size"].notna()).sum()
+    assert (
+        len(found)
+        == (PUBLISHED["metric"].eq("tokens_per_s") & PUBLISHED["batch_size"].notna()).sum()
+    )
     assert not [row for row, fraction in found if fraction > 1]
-    assert max(fraction for _, fraction in found) > 0.7  # the limit is near enough to mean something
+    assert (
+        max(fraction for _, fraction in found) > 0.7
+    )  # the limit is near enough to mean something
 
 
 def test_the_limit_is_bandwidth_over_bytes():
     llama, gpu = planner.describe("llama-7b"), planner.gpu("a100-40gb")
     read = 2 * (PARAMETERS["llama-7b"] - 32000 * 4096) + planner.kv_cache(llama, length=1000)
-    assert planner.limit(llama, "fp16", gpu, length=1000) == pytest.approx(gpu.bandwidth_bytes_per_s / read)
-    assert planner.limit(llama, "fp16", gpu, length=1000, gpus=4) == pytest.approx(4 * gpu.bandwidth_bytes_per_s / read)
+    assert planner.limit(llama, "fp16", gpu, length=1000) == pytest.approx(
+        gpu.bandwidth_bytes_per_s / read
+    )
+    assert planner.limit(llama, "fp16", gpu, length=1000, gpus=4) == pytest.approx(
+        4 * gpu.bandwidth_bytes_per_s / read
+    )
     one = planner.limit(llama, "fp16", gpu, length=1000, gpus=4, split="sequential")
     assert one == planner.limit(llama, "fp16", gpu, length=1000)
     flops = 2 * (PARAMETERS["llama-7b"] - 32000 * 4096)
-    assert planner.limit(llama, "fp16", gpu, batch=4096) == pytest.approx(gpu.fp16_flop_per_s / flops)
+    assert planner.limit(llama, "fp16", gpu, batch=4096) == pytest.approx(
+        gpu.fp16_flop_per_s / flops
+    )
 
 
-@pytest.mark.parametrize(("technique", "options"), [
-    ("int8", {"load_in_8bit": True}), ("nf4", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
-    ("nf4-dq", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True})])
+@pytest.mark.parametrize(
+    ("technique", "options"),
+    [
+        ("int8", {"load_in_8bit": True}),
+        ("nf4", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
+        (
+            "nf4-dq",
+            {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+        ),
+    ],
+)
 def test_quantized_bytes_are_those_bitsandbytes_keeps(tiny_llama, technique, options):
-    net = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float16, device_map="cpu",
-                                               quantization_config=BitsAndBytesConfig(**options))
+    net = AutoModelForCausalLM.from_pretrained(
+        tiny_llama,
+        dtype=torch.float16,
+        device_map="cpu",
+        quantization_config=BitsAndBytesConfig(**options),
+    )
     kept = 0
     for p in net.parameters():
         state = getattr(p, "quant_state", None)
-        scales = [getattr(p, "SCB", None), getattr(state, "absmax", None),
-                  getattr(getattr(state, "state2", None), "absmax", None)]
+        scales = [
+            getattr(p, "SCB", None),
+            getattr(state, "absmax", None),
+            getattr(getattr(state, "state2", None), "absmax", None),
+        ]
         kept += sum(t.numel() * t.element_size() for t in [p, *scales] if t is not None)
     assert planner.memory(planner.describe(tiny_llama), technique)["weight_bytes"] == kept
 
 
 def test_q4_1_bytes_are_those_of_the_embedded_model():
     tensors = gguf.GGUFReader(models.default_gguf()).tensors
-    assert planner.memory(planner.describe("auto"), "q4_1")["weight_bytes"] == sum(int(t.n_bytes) for t in tensors)
+    assert planner.memory(planner.describe("auto"), "q4_1")["weight_bytes"] == sum(
+        int(t.n_bytes) for t in tensors
+    )
 
 
 @pytest.fixture(scope="module")
 def falcon_40b_in_small(tmp_path_factory):
-    config = FalconConfig(vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=8, num_kv_heads=2,
-                          new_decoder_architecture=True, bias=False)
+    config = FalconConfig(
+        vocab_size=256,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_kv_heads=2,
+        new_decoder_architecture=True,
+        bias=False,
+    )
     folder = tmp_path_factory.mktemp("falcon-new")
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return str(folder)
@@ -169,46 +264,74 @@ def test_cache_bytes_are_those_transformers_keeps(fixture, request):
     with torch.no_grad():
         cache = net(torch.zeros(batch, length, dtype=torch.long), use_cache=True).past_key_values
     kept = sum(4 * (layer.keys.numel() + layer.values.numel()) for layer in cache.layers)
-    assert planner.memory(planner.describe(folder), "fp32", batch=batch, length=length)["kv_cache_bytes"] == kept
+    assert (
+        planner.memory(planner.describe(folder), "fp32", batch=batch, length=length)[
+            "kv_cache_bytes"
+        ]
+        == kept
+    )
 
 
 def test_shared_keys_and_values_make_a_small_cache():
     falcon, llama = planner.describe("falcon-7b"), planner.describe("llama-2-70b")
     assert planner.kv_cache(falcon, length=1) == 2 * 32 * 1 * 64 * 2
     assert planner.kv_cache(llama, length=1) == 2 * 80 * 8 * 128 * 2
-    assert planner.kv_cache(llama, batch=3, length=7, item=4) == 42 * planner.kv_cache(llama, length=1)
+    assert planner.kv_cache(llama, batch=3, length=7, item=4) == 42 * planner.kv_cache(
+        llama, length=1
+    )
     shared = planner.memory(llama, "bf16")["kv_cache_bytes"]
-    assert planner.memory(llama, "bf16", engine="litgpt")["kv_cache_bytes"] == 8 * shared  # 64 heads for 8
+    assert (
+        planner.memory(llama, "bf16", engine="litgpt")["kv_cache_bytes"] == 8 * shared
+    )  # 64 heads for 8
 
 
 def test_falcon_7b_refuses_tensor_parallelism():
     falcon = planner.describe("falcon-7b")
     assert planner.degrees(falcon) == [1] and planner.refusal(falcon, 1) is None
-    assert planner.refusal(falcon, 2) == ("falcon-7b cannot be cut for 2 GPUs: its 71 attention heads and 1 key/value "
-                                          "head cannot be divided by 2.")
+    assert planner.refusal(falcon, 2) == (
+        "falcon-7b cannot be cut for 2 GPUs: its 71 attention heads and 1 key/value "
+        "head cannot be divided by 2."
+    )
     assert planner.fewest(falcon, "fp32", planner.gpu("t4"), length=100) == (2, "sequential")
 
 
-@pytest.mark.parametrize(("name", "expected"), [("llama-2-70b", [1, 2, 4, 8]), ("llama-7b", [1, 2, 4, 8, 16]),
-                                                ("llama-30b", [1, 2, 4]), ("falcon-40b", [1, 2, 4, 8]),
-                                                ("auto", [1, 3])])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("llama-2-70b", [1, 2, 4, 8]),
+        ("llama-7b", [1, 2, 4, 8, 16]),
+        ("llama-30b", [1, 2, 4]),
+        ("falcon-40b", [1, 2, 4, 8]),
+        ("auto", [1, 3]),
+    ],
+)
 def test_degrees_divide_everything(name, expected):
     assert planner.degrees(planner.describe(name)) == expected
 
 
-@pytest.mark.parametrize(("name", "technique", "gpu"), [
-    ("falcon-40b", "bf16", "a100-40gb"), ("llama-2-70b", "fp32", "h100"), ("llama-30b", "nf4", "t4")])
+@pytest.mark.parametrize(
+    ("name", "technique", "gpu"),
+    [
+        ("falcon-40b", "bf16", "a100-40gb"),
+        ("llama-2-70b", "fp32", "h100"),
+        ("llama-30b", "nf4", "t4"),
+    ],
+)
 def test_one_gpu_less_would_not_do(name, technique, gpu):
     model, device = planner.describe(name), planner.gpu(gpu)
     n, split = planner.fewest(model, technique, device)
     assert n > 1
-    need = {g: planner.memory(model, technique, gpus=g, split=split)["total_bytes"] for g in (n, n - 1)}
+    need = {
+        g: planner.memory(model, technique, gpus=g, split=split)["total_bytes"] for g in (n, n - 1)
+    }
     room = device.memory_bytes - planner.CONTEXT_BYTES
     assert need[n] <= room < need[n - 1]
 
 
 def test_more_than_all_gpus_is_an_answer():
-    assert planner.fewest(planner.describe("llama-2-70b"), "fp32", planner.gpu("t4"), most=8) is None
+    assert (
+        planner.fewest(planner.describe("llama-2-70b"), "fp32", planner.gpu("t4"), most=8) is None
+    )
     row = planner.plan(["llama-2-70b"], ["fp32"], ["t4"], batch=512, length=100_000).iloc[0]
     assert pd.isna(row["fewest_gpus"]) and pd.isna(row["limit_tokens_per_s"]) and not row["fits"]
 
@@ -227,21 +350,40 @@ def test_splitting_shares_the_decoder():
     assert gathered["weight_bytes"] == pytest.approx(whole / 4, rel=1e-4)
 
 
-@pytest.mark.parametrize(("asked", "given"), [
-    (1, 512), (512, 512), (10 * 2**20 - 512, 10 * 2**20 - 512), (11 * 2**20, 12 * 2**20),
-    (12 * 2**20, 12 * 2**20), (12 * 2**20 + 512, 12 * 2**20 + 512), (4544 * 4544 * 2, 40 * 2**20)])
+@pytest.mark.parametrize(
+    ("asked", "given"),
+    [
+        (1, 512),
+        (512, 512),
+        (10 * 2**20 - 512, 10 * 2**20 - 512),
+        (11 * 2**20, 12 * 2**20),
+        (12 * 2**20, 12 * 2**20),
+        (12 * 2**20 + 512, 12 * 2**20 + 512),
+        (4544 * 4544 * 2, 40 * 2**20),
+    ],
+)
 def test_the_allocator_rounds_large_tensors_up(asked, given):
     assert anatomy.allocated(asked) == given
 
 
 def test_one_token_reads_only_its_experts(tmp_path):
-    config = MixtralConfig(vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                           num_attention_heads=4, num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2)
+    config = MixtralConfig(
+        vocab_size=1000,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+    )
     config.save_pretrained(tmp_path)
     model, gpu = planner.describe(str(tmp_path)), planner.gpu("t4")
     found = planner.parameters(model)
     assert found["experts"] == 2 * 8 * 3 * 64 * 128
-    read = 2 * (found["total"] - found["embedding"] - 0.75 * found["experts"]) + planner.kv_cache(model, length=1)
+    read = 2 * (found["total"] - found["embedding"] - 0.75 * found["experts"]) + planner.kv_cache(
+        model, length=1
+    )
     assert planner.limit(model, "fp16", gpu) == pytest.approx(gpu.bandwidth_bytes_per_s / read)
 
 
@@ -253,37 +395,74 @@ def test_every_gpu_has_sound_figures_and_a_source():
     assert (table["fp16_flop_per_s"] >= 1.9 * table["fp32_flop_per_s"]).all()
     assert table["source"].str.match(r"(NVIDIA|AMD) .*20\d\d.*; memory: ").all()
     names = [*table.index, *";".join(table["aliases"]).split(";")]
-    assert len(names) == len(set(names)) and all(re.fullmatch(r"[a-z0-9-]+", name) for name in names)
+    assert len(names) == len(set(names)) and all(
+        re.fullmatch(r"[a-z0-9-]+", name) for name in names
+    )
 
 
-@pytest.mark.parametrize(("asked", "found"), [("A100 40GB", "a100-40gb"), ("a100 80GB 330W", "a100-80gb"),
-                                              ("RTX A6000 48GB", "rtx-a6000"), ("H100", "h100-sxm"), ("T4", "t4")])
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ("A100 40GB", "a100-40gb"),
+        ("a100 80GB 330W", "a100-80gb"),
+        ("RTX A6000 48GB", "rtx-a6000"),
+        ("H100", "h100-sxm"),
+        ("T4", "t4"),
+    ],
+)
 def test_gpus_are_found_as_people_spell_them(asked, found):
     assert planner.gpu(asked).name == found
 
 
 def test_the_whole_answer_is_a_frame():
-    frame = planner.plan(["falcon-7b", "falcon-40b"], ["bf16", "q4_1"], ["t4", "a100-40gb", "h100"], length=512)
+    frame = planner.plan(
+        ["falcon-7b", "falcon-40b"], ["bf16", "q4_1"], ["t4", "a100-40gb", "h100"], length=512
+    )
     assert len(frame) == 12 and set(frame["engine"]) == {"transformers", "llama.cpp"}
-    terms = [name for name in frame if name.endswith("_bytes") and name not in ("total_bytes", "gpu_memory_bytes")]
+    terms = [
+        name
+        for name in frame
+        if name.endswith("_bytes") and name not in ("total_bytes", "gpu_memory_bytes")
+    ]
     assert ((frame[terms].sum(axis=1) - frame["total_bytes"]).abs() <= len(terms)).all()
-    assert list(frame["fits"]) == list(frame["fewest_gpus"] == 1) and set(frame["fits"]) == {True, False}
+    assert list(frame["fits"]) == list(frame["fewest_gpus"] == 1) and set(frame["fits"]) == {
+        True,
+        False,
+    }
     assert frame["error"].between(0, 0.05).all()
     everything = planner.plan(["falcon-40b"])
     assert len(everything) == len(planner.TECHNIQUES) * len(planner.gpus())
-    assert set(planner.plan(["falcon-7b"], gpu_names=["t4"], engine="litgpt")["technique"]).isdisjoint({"q8_0", "q4_1"})
+    assert set(
+        planner.plan(["falcon-7b"], gpu_names=["t4"], engine="litgpt")["technique"]
+    ).isdisjoint({"q8_0", "q4_1"})
 
 
-@pytest.mark.parametrize(("call", "words"), [
-    (lambda: planner.gpu("a100-48gb"), "nearest are a100-"),
-    (lambda: planner.describe("./no-such-folder"), "is no causal language model"),
-    (lambda: planner.memory(planner.describe("llama-7b"), "nf5"), "nearest are nf4"),
-    (lambda: planner.memory(planner.describe("llama-7b"), "nf4", engine="litgtp"), "nearest are litgpt"),
-    (lambda: planner.memory(planner.describe("llama-7b"), "nf4", engine="llama.cpp"), "does not run nf4"),
-    (lambda: planner.memory(planner.describe("llama-7b"), "q4_1", engine="litgpt"), "does not run q4_1"),
-    (lambda: planner.memory(planner.describe("llama-7b"), "nf4", split="diagonal"), "sequential"),
-    (lambda: planner.memory(planner.describe("llama-7b"), "nf4", batch=0), "start at 1"),
-    (lambda: planner.plan(["llama-7b"], ["nf4"], ["t4"], length=-1), "start at 1")])
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: planner.gpu("a100-48gb"), "nearest are a100-"),
+        (lambda: planner.describe("./no-such-folder"), "is no causal language model"),
+        (lambda: planner.memory(planner.describe("llama-7b"), "nf5"), "nearest are nf4"),
+        (
+            lambda: planner.memory(planner.describe("llama-7b"), "nf4", engine="litgtp"),
+            "nearest are litgpt",
+        ),
+        (
+            lambda: planner.memory(planner.describe("llama-7b"), "nf4", engine="llama.cpp"),
+            "does not run nf4",
+        ),
+        (
+            lambda: planner.memory(planner.describe("llama-7b"), "q4_1", engine="litgpt"),
+            "does not run q4_1",
+        ),
+        (
+            lambda: planner.memory(planner.describe("llama-7b"), "nf4", split="diagonal"),
+            "sequential",
+        ),
+        (lambda: planner.memory(planner.describe("llama-7b"), "nf4", batch=0), "start at 1"),
+        (lambda: planner.plan(["llama-7b"], ["nf4"], ["t4"], length=-1), "start at 1"),
+    ],
+)
 def test_bad_input_is_one_sentence(call, words):
     with pytest.raises(ValueError, match=re.escape(words)) as caught:
         call()
@@ -297,27 +476,53 @@ def test_an_encoder_and_decoder_is_refused(tmp_path):
 
 
 def test_a_quantized_checkpoint_is_read_as_its_architecture(tmp_path):
-    config = AutoConfig.for_model("llama", hidden_size=64, intermediate_size=128, num_hidden_layers=1,
-                                  num_attention_heads=4, vocab_size=100)
+    config = AutoConfig.for_model(
+        "llama",
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        vocab_size=100,
+    )
     config.quantization_config = {"quant_method": "gptq", "bits": 4}
     config.save_pretrained(tmp_path)
-    assert planner.parameters(planner.describe(str(tmp_path)))["linear"] == 4 * 64 * 64 + 3 * 64 * 128
+    assert (
+        planner.parameters(planner.describe(str(tmp_path)))["linear"] == 4 * 64 * 64 + 3 * 64 * 128
+    )
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
 
 
 def test_command_line_answers():
-    done = python("-m", "helpers.planner", "falcon-7b", "--gpu", "a100-40gb", "--technique", "nf4", "fp32",
-                  "--length", "300")
+    done = python(
+        "-m",
+        "helpers.series.planner",
+        "falcon-7b",
+        "--gpu",
+        "a100-40gb",
+        "--technique",
+        "nf4",
+        "fp32",
+        "--length",
+        "300",
+    )
     assert done.returncode == 0, done.stderr
     assert "6.922 G parameters" in done.stdout and "cannot be divided by 2" in done.stdout
     assert re.search(r"nf4 .*a100-40gb .*4\.32 .*±0\.\d\d%", done.stdout)
 
 
-@pytest.mark.parametrize("arguments", [["falcon-7b", "--gpu", "a100-60gb"], ["./nowhere", "--gpu", "t4"]])
+@pytest.mark.parametrize(
+    "arguments", [["falcon-7b", "--gpu", "a100-60gb"], ["./nowhere", "--gpu", "t4"]]
+)
 def test_command_line_says_what_is_wrong(arguments, capsys):
     assert planner.main(arguments) == 2
     said = capsys.readouterr()
@@ -325,7 +530,10 @@ def test_command_line_says_what_is_wrong(arguments, capsys):
 
 
 def test_forty_billion_parameters_are_planned_in_under_a_gigabyte():
-    done = python("-c", "from helpers import memory, planner; memory.reset_peak(); planner.plan(['falcon-40b']);"
-                        "print(memory.peak_bytes())")  # ru_maxrss would begin at the size of the parent
+    done = python(
+        "-c",
+        "from helpers import memory, planner; memory.reset_peak(); planner.plan(['falcon-40b']);"
+        "print(memory.peak_bytes())",
+    )  # ru_maxrss would begin at the size of the parent
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) < 1e9

@@ -12,8 +12,15 @@ from helpers import models, quality
 def scored(tiny_llama):
     net, half = models.load(tiny_llama), models.load(tiny_llama, torch.bfloat16)
     ids = quality.windows(models.tokenizer(), models.text("evaluation").content, 32, 150)
-    found = quality.compare({"base": quality.logits_of(net), "half": quality.logits_of(half),
-                             "same": quality.logits_of(net)}, "base", ids)
+    found = quality.compare(
+        {
+            "base": quality.logits_of(net),
+            "half": quality.logits_of(half),
+            "same": quality.logits_of(net),
+        },
+        "base",
+        ids,
+    )
     return net, half, ids, found
 
 
@@ -21,7 +28,9 @@ def test_windows_do_not_overlap_and_give_enough_predictions():
     tokenizer, text = models.tokenizer(), models.text("evaluation").content
     ids = quality.windows(tokenizer, text, 64, 300)
     assert ids.shape == (5, 64) and 5 * 63 >= 300
-    assert ids.flatten().tolist() == tokenizer(text).input_ids[:320]  # this tokenizer puts no BOS: none is added
+    assert (
+        ids.flatten().tolist() == tokenizer(text).input_ids[:320]
+    )  # this tokenizer puts no BOS: none is added
 
 
 def test_a_text_too_short_is_refused_in_a_sentence():
@@ -44,9 +53,15 @@ def test_differences_are_those_of_a_slow_reference(scored):
         forward = quality.logits_of(half)
         q = torch.cat([forward(w[None])[0, :-1].double().log_softmax(-1) for w in ids])
     target = ids[:, 1:].flatten()[:, None]
-    assert found["half"].nll_delta == pytest.approx(float((p - q).gather(-1, target).mean()), abs=1e-6)
-    assert found["half"].kl_divergence == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), abs=1e-6)
-    assert found["half"].agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+    assert found["half"].nll_delta == pytest.approx(
+        float((p - q).gather(-1, target).mean()), abs=1e-6
+    )
+    assert found["half"].kl_divergence == pytest.approx(
+        float((p.exp() * (p - q)).sum(-1).mean()), abs=1e-6
+    )
+    assert found["half"].agreement == pytest.approx(
+        float((p.argmax(-1) == q.argmax(-1)).double().mean())
+    )
     assert len(found["half"].changed) == round((1 - found["half"].agreement) * len(target))
     low, high = found["half"].nll_delta_ci95
     assert low < found["half"].nll_delta < high
@@ -76,7 +91,9 @@ def test_wide_accumulation_rounds_once_as_hardware_does(dtype, autocast):
     kept = torch.float32 if autocast else dtype
     with torch.autocast("cpu", dtype, enabled=autocast), quality.WideAccumulation():
         got = torch.nn.functional.linear(x.to(kept), weight.to(kept), bias.to(kept))
-    exact = torch.nn.functional.linear(x.to(dtype).double(), weight.to(dtype).double(), bias.to(dtype).double())
+    exact = torch.nn.functional.linear(
+        x.to(dtype).double(), weight.to(dtype).double(), bias.to(dtype).double()
+    )
     assert got.dtype == dtype
     assert (got.double() - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
 
@@ -92,7 +109,11 @@ def test_wide_accumulation_scores_as_the_machine_itself_does(tiny_llama):
     exact = models.load(tiny_llama)
     ids = quality.windows(models.tokenizer(), models.text("evaluation").content, 32, 100)
     with torch.no_grad():
-        native = quality.compare({"base": quality.logits_of(exact), "half": lambda w: net(w).logits}, "base", ids)
-    wide = quality.compare({"base": quality.logits_of(exact), "half": quality.logits_of(net)}, "base", ids)
+        native = quality.compare(
+            {"base": quality.logits_of(exact), "half": lambda w: net(w).logits}, "base", ids
+        )
+    wide = quality.compare(
+        {"base": quality.logits_of(exact), "half": quality.logits_of(net)}, "base", ids
+    )
     native, wide = native["half"], wide["half"]
     assert wide.perplexity == pytest.approx(native.perplexity, rel=2e-3)

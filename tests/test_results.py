@@ -14,8 +14,20 @@ ALL = results.null("not measured", *schema.NULLABLE)
 
 
 def a_record(**fields) -> schema.Record:
-    return schema.Record(**{"technique": "bfloat16", "id": "fp32", "variant": "fp32", "threads": 2, "affinity": [0, 1],
-                            "model": "m", "dtype": "float32", "device": "cpu", "reasons": ALL} | fields)
+    return schema.Record(
+        **{
+            "technique": "bfloat16",
+            "id": "fp32",
+            "variant": "fp32",
+            "threads": 2,
+            "affinity": [0, 1],
+            "model": "m",
+            "dtype": "float32",
+            "device": "cpu",
+            "reasons": ALL,
+        }
+        | fields
+    )
 
 
 def run(seconds: float) -> timing.Generation:
@@ -23,7 +35,12 @@ def run(seconds: float) -> timing.Generation:
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path):
-    kept = [a_record(), a_record(id="bf16", baseline="fp32", speedup=1.5, speedup_ci95=(1.4, 1.6), latency_s=[1, 2])]
+    kept = [
+        a_record(),
+        a_record(
+            id="bf16", baseline="fp32", speedup=1.5, speedup_ci95=(1.4, 1.6), latency_s=[1, 2]
+        ),
+    ]
     path = results.save("02_bfloat16", kept, {"REPEATS": 3}, str(tmp_path))
     found = results.load(path)
     assert found.records == kept and found.run.parameters == {"REPEATS": 3}
@@ -34,11 +51,27 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
 def test_a_record_is_put_together_from_what_was_measured():
     base = timing.Series(runs=[run(2.0), run(2.2)], warmup=[run(3.0)])
     fast = timing.Series(runs=[run(1.0), run(1.1)])
-    record = results.record("bfloat16", "bf16", "auto", series=fast, baseline="fp32", baseline_series=base,
-                            weight_bytes=100, kv_cache_bytes=0, bandwidth=1000.0, dtype="bfloat16", device="cpu",
-                            reasons=results.null("not measured", *schema.QUALITY))
-    assert record.speedup == pytest.approx(2.0) and [p.baseline_s for p in record.pairs] == [2.0, 2.2]
-    assert record.limit_tokens_per_s == 10 and record.tokens_per_s == pytest.approx(2 / 1.05, rel=0.01)
+    record = results.record(
+        "bfloat16",
+        "bf16",
+        "auto",
+        series=fast,
+        baseline="fp32",
+        baseline_series=base,
+        weight_bytes=100,
+        kv_cache_bytes=0,
+        bandwidth=1000.0,
+        dtype="bfloat16",
+        device="cpu",
+        reasons=results.null("not measured", *schema.QUALITY),
+    )
+    assert record.speedup == pytest.approx(2.0) and [p.baseline_s for p in record.pairs] == [
+        2.0,
+        2.2,
+    ]
+    assert record.limit_tokens_per_s == 10 and record.tokens_per_s == pytest.approx(
+        2 / 1.05, rel=0.01
+    )
     assert record.reasons["perplexity"] == "not measured" and "speedup" not in record.reasons
 
 
@@ -75,14 +108,19 @@ def broken(text: str, **changes) -> str:
     return json.dumps(content)
 
 
-@pytest.mark.parametrize(("damage", "said"), [
-    (lambda text: text[: len(text) // 2], "EOF"),
-    (lambda text: broken(text, schema=7), "schema"),
-    (lambda text: broken(text, colour="blue"), "colour"),
-    (lambda text: "", "EOF"),
-])
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda text: text[: len(text) // 2], "EOF"),
+        (lambda text: broken(text, schema=7), "schema"),
+        (lambda text: broken(text, colour="blue"), "colour"),
+        (lambda text: "", "EOF"),
+    ],
+)
 def test_a_damaged_file_is_named_kept_aside_and_the_others_go_on(tmp_path, capsys, damage, said):
-    good = results.save("01_mixed_precision", [a_record(technique="mixed_precision")], {}, str(tmp_path))
+    good = results.save(
+        "01_mixed_precision", [a_record(technique="mixed_precision")], {}, str(tmp_path)
+    )
     bad = results.save("02_bfloat16", [a_record()], {}, str(tmp_path))
     bad.write_text(damage(bad.read_text()))
     text = bad.read_text()
@@ -134,8 +172,13 @@ def test_the_exported_schema_is_the_code_s_and_accepts_what_is_saved(tmp_path):
 
 
 def test_a_frame_tells_headline_rows_and_engines():
-    rows = [a_record(), a_record(id="bf16", baseline="fp32", engine="vllm"), a_record(id="s", sweep="batch_size"),
-            a_record(id="r", world_size=2), a_record(id="g", world_size=2, device="cuda")]
+    rows = [
+        a_record(),
+        a_record(id="bf16", baseline="fp32", engine="vllm"),
+        a_record(id="s", sweep="batch_size"),
+        a_record(id="r", world_size=2),
+        a_record(id="g", world_size=2, device="cuda"),
+    ]
     frame = results.frame(rows)
     assert frame["headline"].tolist() == [True, True, False, False, True]
     assert frame["same_engine"].tolist() == [True, False, True, True, True]

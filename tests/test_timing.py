@@ -26,6 +26,7 @@ def fake_call(clock: FakeClock, seconds: float, tokens: int = 4):
             clock.now += seconds / tokens
             stamps.append(clock() - start)
         return timing.Generation(clock() - start, stamps, prompt_tokens=7, batch_size=2)
+
     return call
 
 
@@ -48,7 +49,11 @@ def test_greedy_stamps_every_new_token_and_not_the_prompt(tiny_llama, batch):
     ids = torch.arange(5).repeat(batch, 1) + 3
     run = timing.greedy(net, ids, 6)()
     assert run.new_tokens == 6 and run.batch_size == batch and run.prompt_tokens == 5
-    assert 0 < run.stamps_s[0] and all(t > 0 for t in run.inter_token_s) and run.stamps_s[-1] <= run.latency_s
+    assert (
+        0 < run.stamps_s[0]
+        and all(t > 0 for t in run.inter_token_s)
+        and run.stamps_s[-1] <= run.latency_s
+    )
     with torch.no_grad():  # the same tokens as choosing the best logit by hand, without a cache
         for _ in range(6):
             ids = torch.cat([ids, net(ids).logits[:, -1:].argmax(-1)], dim=1)
@@ -70,7 +75,9 @@ def test_variants_take_turns_forth_and_back():
         return lambda: lambda: (order.append(name), call())[1]
 
     probes = []
-    found = timing.measure({n: factory(n) for n in "AB"}, "A", pairs=4, warmup=1, between=lambda: probes.append(1))
+    found = timing.measure(
+        {n: factory(n) for n in "AB"}, "A", pairs=4, warmup=1, between=lambda: probes.append(1)
+    )
     assert "".join(order) == "AB" + "AB" + "BA" + "AB" + "BA"
     assert len(found["A"].warmup) == 1 and len(found["B"].runs) == 4 and len(probes) == 4
 
@@ -82,23 +89,37 @@ def test_what_does_not_fit_together_is_bracketed_and_released():
         def load():
             order.append(f"load {name}")
             return fake_call(clock, 1.0)
+
         return load
 
-    found = timing.measure({n: factory(n) for n in "AB"}, "A", 4, 0, together=False,
-                           release=lambda: order.append("release"))
+    found = timing.measure(
+        {n: factory(n) for n in "AB"},
+        "A",
+        4,
+        0,
+        together=False,
+        release=lambda: order.append("release"),
+    )
     assert order == ["load A", "release", "load B", "release", "load A", "release"]
     assert [len(found[n].runs) for n in "AB"] == [4, 4]
 
 
-@pytest.mark.parametrize(("error", "status"), [(torch.OutOfMemoryError("CUDA out of memory. Tried"), "oom"),
-                                               (NotImplementedError("no such kernel here"), "unsupported")])
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "oom"),
+        (NotImplementedError("no such kernel here"), "unsupported"),
+    ],
+)
 @pytest.mark.parametrize("together", [True, False])
 def test_what_the_machine_cannot_do_is_a_result(error, status, together):
     def impossible():
         raise error
 
     clock = FakeClock()
-    found = timing.measure({"A": lambda: fake_call(clock, 1.0), "B": impossible}, "A", 2, 1, together)
+    found = timing.measure(
+        {"A": lambda: fake_call(clock, 1.0), "B": impossible}, "A", 2, 1, together
+    )
     assert found["B"].status == status and found["B"].reason in str(error) and not found["B"].runs
     assert found["A"].status == "ok" and len(found["A"].runs) == 2
 
@@ -118,7 +139,9 @@ def test_pairs_and_warmup_are_checked(pairs, warmup):
 
 
 def drifting_series(rng, ratio: float, pairs: int):
-    """Baseline and variant times on a machine that drifts by a third over the hour and is noisy in each run."""
+    """Baseline and variant times on a machine that drifts by a third over the hour and is noisy in
+    each run.
+    """
     clock, drift, noise = FakeClock(), rng.uniform(-1 / 3, 1 / 3) / 3600, rng.uniform(0.01, 0.08)
     walk = np.cumsum(rng.normal(0, 0.003, size=4 * pairs + 8))
     runs = iter(range(len(walk)))
@@ -127,9 +150,12 @@ def drifting_series(rng, ratio: float, pairs: int):
         def call():
             speed = math.exp(drift * clock.now + walk[next(runs)] + rng.normal(0, noise))
             return fake_call(clock, seconds * speed)()
+
         return lambda: call
 
-    found = timing.measure({"base": factory(3.0), "variant": factory(3.0 / ratio)}, "base", pairs, warmup=0)
+    found = timing.measure(
+        {"base": factory(3.0), "variant": factory(3.0 / ratio)}, "base", pairs, warmup=0
+    )
     return found["base"].latency_s, found["variant"].latency_s
 
 

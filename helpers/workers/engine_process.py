@@ -1,4 +1,6 @@
-"""A process that sleeps until it is asked: a line of JSON in, a line of JSON out. For lessons 03 and 06."""
+"""A process that sleeps until it is asked: a line of JSON in, a line of JSON out. For lessons 03
+and 06.
+"""
 
 import json
 import select
@@ -9,15 +11,22 @@ LIMIT_S = 600.0  # longest wait for an answer, loading included
 
 
 class Process:
-    """One of the scripts beside this file, started; its first line is kept as `ready`, and it ends with its input.
+    """One of the scripts beside this file, started; its first line is kept as `ready`, and it ends
+    with its input.
 
-    Raises NotImplementedError when it cannot start, or does not answer within LIMIT_S; it is ended then.
+    Raises NotImplementedError when it cannot start, or does not answer within LIMIT_S; it is ended
+    then.
     """
 
     def __init__(self, script, *arguments):
         command = [sys.executable, script, *map(str, arguments)]
-        self.process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            command,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
         self.ready = self._answer()
 
     def _answer(self):

@@ -1,6 +1,8 @@
-"""A transformers model as a GGUF file, for lesson 03: header, tensors under llama.cpp's names, and the way back.
+"""A transformers model as a GGUF file, for lesson 03: header, tensors under llama.cpp's names, and
+the way back.
 
-Which type each tensor gets is the caller's choice: that is the quantization, and it stands in the lesson.
+Which type each tensor gets is the caller's choice: that is the quantization, and it stands in the
+lesson.
 """
 
 from collections.abc import Callable
@@ -12,15 +14,25 @@ import torch
 
 from helpers import quality
 
-ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "falcon": "FALCON"}  # as the gguf package names them
+ARCHITECTURES = {
+    "llama": "LLAMA",
+    "mistral": "LLAMA",
+    "falcon": "FALCON",
+}  # as the gguf package names them
 
 
 def refuse(config) -> None:
     """Raises NotImplementedError for an architecture that is not described here."""
-    if (config.model_type not in ARCHITECTURES or getattr(config, "alibi", False)
-            or getattr(config, "new_decoder_architecture", False) or config.rope_parameters["rope_type"] != "default"):
-        raise NotImplementedError(f"this lesson writes no GGUF for this kind of {config.model_type} model; "
-                                  "llama.cpp's converter may")
+    if (
+        config.model_type not in ARCHITECTURES
+        or getattr(config, "alibi", False)
+        or getattr(config, "new_decoder_architecture", False)
+        or config.rope_parameters["rope_type"] != "default"
+    ):
+        raise NotImplementedError(
+            f"this lesson writes no GGUF for this kind of {config.model_type} model; "
+            "llama.cpp's converter may"
+        )
 
 
 def write_header(writer: gguf.GGUFWriter, config, end_id: int) -> None:
@@ -31,11 +43,15 @@ def write_header(writer: gguf.GGUFWriter, config, end_id: int) -> None:
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.ffn_hidden_size if falcon else config.intermediate_size)
     writer.add_head_count(heads)
-    writer.add_head_count_kv((1 if config.multi_query else config.num_kv_heads) if falcon
-                             else config.num_key_value_heads)
-    writer.add_layer_norm_eps(config.layer_norm_epsilon) if falcon else writer.add_layer_norm_rms_eps(
-        config.rms_norm_eps)
-    writer.add_rope_dimension_count(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    writer.add_head_count_kv(
+        (1 if config.multi_query else config.num_kv_heads) if falcon else config.num_key_value_heads
+    )
+    writer.add_layer_norm_eps(
+        config.layer_norm_epsilon
+    ) if falcon else writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(
+        getattr(config, "head_dim", None) or config.hidden_size // heads
+    )
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
@@ -45,17 +61,22 @@ def write_header(writer: gguf.GGUFWriter, config, end_id: int) -> None:
 
 
 def pair_rows(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of each head from halves (0 1 2 | 3 4 5) to pairs (0 3 | 1 4 | 2 5), as llama.cpp's rotary embedding
-    wants LLaMA's queries and keys."""
+    """Rows of each head from halves (0 1 2 | 3 4 5) to pairs (0 3 | 1 4 | 2 5), as llama.cpp's
+    rotary embedding wants LLaMA's queries and keys.
+    """
     return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
 def pack(model, type_of: Callable) -> dict:
     """The codes of every parameter, by name, with their type; `type_of(name, shape)` chooses it."""
-    kinds = {name: type_of("token_embd" if "embed" in name or "lm_head" in name else "blk", p.shape)
-             for name, p in model.named_parameters()}
-    return {name: (gguf.quantize(p.detach().float().cpu().numpy(), kinds[name]), kinds[name])
-            for name, p in model.named_parameters()}
+    kinds = {
+        name: type_of("token_embd" if "embed" in name or "lm_head" in name else "blk", p.shape)
+        for name, p in model.named_parameters()
+    }
+    return {
+        name: (gguf.quantize(p.detach().float().cpu().numpy(), kinds[name]), kinds[name])
+        for name, p in model.named_parameters()
+    }
 
 
 @torch.no_grad()
@@ -67,19 +88,23 @@ def unpack(codes: dict, model):
 
 
 def forward(codes: dict, rebuilt) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function from token ids to logits for `quality.compare`: before each call the codes are rebuilt as floats into
-    `rebuilt`, a model of the same shape that several may share."""
+    """A function from token ids to logits for `quality.compare`: before each call the codes are
+    rebuilt as floats into `rebuilt`, a model of the same shape that several may share.
+    """
     return lambda ids: quality.logits_of(unpack(codes, rebuilt))(ids)
 
 
 def unlikely(model, prompt: torch.Tensor) -> int:
-    """The token that the model is least likely to say after a prompt: a harmless end, since llama.cpp wants one."""
+    """The token that the model is least likely to say after a prompt: a harmless end, since
+    llama.cpp wants one.
+    """
     with torch.no_grad():
         return int(model(prompt.to(model.device)).logits[0, -1].argmin())
 
 
 def write(codes: dict, model, path: Path, prompt: torch.Tensor) -> int:
-    """Write what `pack` made of a model. Returns the bytes of all tensors; what cannot be described is refused.
+    """Write what `pack` made of a model. Returns the bytes of all tensors; what cannot be described
+    is refused.
 
     prompt : token ids that will be continued, for the end-of-text token.
     """
@@ -87,8 +112,11 @@ def write(codes: dict, model, path: Path, prompt: torch.Tensor) -> int:
     refuse(config)
     architecture, total = ARCHITECTURES[config.model_type], 0
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture], config.num_hidden_layers)
-    heads = {} if config.model_type == "falcon" else {"q_proj": config.num_attention_heads,
-                                                      "k_proj": config.num_key_value_heads}
+    heads = (
+        {}
+        if config.model_type == "falcon"
+        else {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    )
     writer = gguf.GGUFWriter(path, architecture.lower())
     write_header(writer, config, unlikely(model, prompt))
     for name, (array, kind) in codes.items():
@@ -96,6 +124,11 @@ def write(codes: dict, model, path: Path, prompt: torch.Tensor) -> int:
         array = pair_rows(array, heads[reader]) if reader in heads else array
         writer.add_tensor(names.get_name(name, (".weight", ".bias")), array, raw_dtype=kind)
         total += array.nbytes
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+    for step in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
         step()
     return total

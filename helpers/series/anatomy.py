@@ -1,6 +1,8 @@
-"""What a model is made of, from its configuration alone: tensors by kind, parameters, and bytes in every format.
+"""What a model is made of, from its configuration alone: tensors by kind, parameters, and bytes in
+every format.
 
-The model is built on the meta device: shapes without weights. Sizes are bytes. The planner builds on it.
+The model is built on the meta device: shapes without weights. Sizes are bytes. The planner builds
+on it.
 """
 
 import difflib
@@ -16,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from helpers import models
 
-CONFIGS = Path(__file__).parent / "data" / "configs"
+CONFIGS = Path(__file__).parent.parent / "data" / "configs"
 
 
 class Engine(NamedTuple):
@@ -24,9 +26,13 @@ class Engine(NamedTuple):
 
     unties: bool = False  # keeps a head of its own where the model ties it to the embedding
     quantizes_head: bool = False
-    expands_cache: str = ""  # model type ("*": all) whose shared keys and values are cached once for every head
+    expands_cache: str = (
+        ""  # model type ("*": all) whose shared keys and values are cached once for every head
+    )
     shards_vocabulary: bool = True  # tensor parallelism splits embedding and head too
-    sequential_cache_item: int = 2  # bytes of a cached value when layers lie on GPUs one after another
+    sequential_cache_item: int = (
+        2  # bytes of a cached value when layers lie on GPUs one after another
+    )
     transient_copies: int = 1  # 16-bit copies of the largest quantized tensor alive at once
     loads_in_16_bit: bool = False  # the whole model, before any of it is quantized
     rounds: bool = True  # allocates as PyTorch does
@@ -34,9 +40,16 @@ class Engine(NamedTuple):
 
 ENGINES = {
     "transformers": Engine(expands_cache="falcon"),
-    # LitGPT quantizes from fp16: in prefill the head is an fp16 copy and its bf16 cast; loading int8 costs as much.
-    "litgpt": Engine(unties=True, quantizes_head=True, expands_cache="*", shards_vocabulary=False,
-                     sequential_cache_item=4, transient_copies=2),
+    # LitGPT quantizes from fp16: in prefill the head is an fp16 copy and its bf16 cast; loading
+    # int8 costs as much.
+    "litgpt": Engine(
+        unties=True,
+        quantizes_head=True,
+        expands_cache="*",
+        shards_vocabulary=False,
+        sequential_cache_item=4,
+        transient_copies=2,
+    ),
     "lit-llama": Engine(unties=True, quantizes_head=True, loads_in_16_bit=True),
     "gpt-fast": Engine(quantizes_head=True, transient_copies=0),
     "llama.cpp": Engine(quantizes_head=True, transient_copies=0, rounds=False),
@@ -44,9 +57,11 @@ ENGINES = {
 
 
 class Technique(NamedTuple):
-    """How weights are stored: for each tensor kept, its blocks' (values, bytes); values 0 is a whole row.
+    """How weights are stored: for each tensor kept, its blocks' (values, bytes); values 0 is a
+    whole row.
 
-    item: bytes of a value that is not quantized, cached or passed between layers; engine: the one meant.
+    item: bytes of a value that is not quantized, cached or passed between layers; engine: the one
+    meant.
     """
 
     parts: tuple[tuple[int, int], ...]
@@ -60,15 +75,26 @@ class Technique(NamedTuple):
 
 FP32, BITS16, Q8_0, Q6_K = ((1, 4),), ((1, 2),), ((32, 34),), ((256, 210),)
 AUTOCAST = (*FP32, *BITS16)  # float32 weights and the 16-bit copies that autocast caches
-BLOCKS_OF_64, DOUBLE = ((2, 1), (64, 4)), ((2, 1), (64, 1), (64 * 256, 4))  # bitsandbytes' 4 bits and their scales
+BLOCKS_OF_64, DOUBLE = (
+    ((2, 1), (64, 4)),
+    ((2, 1), (64, 1), (64 * 256, 4)),
+)  # bitsandbytes' 4 bits and their scales
 TECHNIQUES = {
-    "fp32": Technique(FP32, 4), "fp16": Technique(BITS16), "bf16": Technique(BITS16),
-    "fp16-autocast": Technique(AUTOCAST, 4), "bf16-autocast": Technique(AUTOCAST, 4),
-    "int8": Technique(((1, 1), (0, 4))), "nf4": Technique(BLOCKS_OF_64), "nf4-dq": Technique(DOUBLE),
-    "fp4": Technique(BLOCKS_OF_64), "fp4-dq": Technique(DOUBLE),
+    "fp32": Technique(FP32, 4),
+    "fp16": Technique(BITS16),
+    "bf16": Technique(BITS16),
+    "fp16-autocast": Technique(AUTOCAST, 4),
+    "bf16-autocast": Technique(AUTOCAST, 4),
+    "int8": Technique(((1, 1), (0, 4))),
+    "nf4": Technique(BLOCKS_OF_64),
+    "nf4-dq": Technique(DOUBLE),
+    "fp4": Technique(BLOCKS_OF_64),
+    "fp4-dq": Technique(DOUBLE),
     "int4-g32": Technique(((32, 20),), engine="gpt-fast"),
-    "q8_0": Technique(Q8_0, engine="llama.cpp"), "q5_1": Technique(((32, 24),), engine="llama.cpp"),
-    "q5_0": Technique(((32, 22),), engine="llama.cpp"), "q4_1": Technique(((32, 20),), engine="llama.cpp"),
+    "q8_0": Technique(Q8_0, engine="llama.cpp"),
+    "q5_1": Technique(((32, 24),), engine="llama.cpp"),
+    "q5_0": Technique(((32, 22),), engine="llama.cpp"),
+    "q4_1": Technique(((32, 20),), engine="llama.cpp"),
     "q4_0": Technique(((32, 18),), engine="llama.cpp"),
 }
 
@@ -83,7 +109,9 @@ class Tensors(NamedTuple):
 
 
 class Model(NamedTuple):
-    """What a configuration says of a model; `experts_used` is the fraction of the experts that one token reads."""
+    """What a configuration says of a model; `experts_used` is the fraction of the experts that one
+    token reads.
+    """
 
     name: str
     type: str
@@ -105,10 +133,14 @@ def nearest(name: str, known) -> str:
 
 
 def choose(technique: str, engine: str | None) -> tuple[Technique, Engine]:
-    """A technique and the engine that runs it (None: the one meant), by name. Raises ValueError in one sentence."""
+    """A technique and the engine that runs it (None: the one meant), by name. Raises ValueError in
+    one sentence.
+    """
     for name, known in ((technique, TECHNIQUES), (engine or "transformers", ENGINES)):
         if name not in known:
-            raise ValueError(f"{name!r} is not known to the planner; the nearest are {nearest(name, known)}.")
+            raise ValueError(
+                f"{name!r} is not known to the planner; the nearest are {nearest(name, known)}."
+            )
     usual = TECHNIQUES[technique].engine
     if engine not in (None, usual) and "llama.cpp" in (engine, usual):
         raise ValueError(f"{engine} does not run {technique}; its engine is {usual}.")
@@ -127,57 +159,100 @@ def _meta(name: str):
         with torch.device("meta"):
             return config, AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{name!r} is no causal language model in a folder here or reachable on the hub; of those "
-                         f"written in the project the nearest are {nearest(name, written)}.") from error
+        raise ValueError(
+            f"{name!r} is no causal language model in a folder here or reachable on the hub; of those "
+            f"written in the project the nearest are {nearest(name, written)}."
+        ) from error
 
 
 def _first(config, *names: str, default):
-    return next((value for name in names if (value := getattr(config, name, None)) is not None), default)
+    return next(
+        (value for name in names if (value := getattr(config, name, None)) is not None), default
+    )
 
 
 def _kv_heads(config) -> int:
-    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+    if getattr(config, "multi_query", False) and not getattr(
+        config, "new_decoder_architecture", False
+    ):
         return 1
     return _first(config, "num_kv_heads", "num_key_value_heads", default=config.num_attention_heads)
 
 
 @functools.cache
 def describe(name: str) -> Model:
-    """Read a model from its configuration: one of `data/configs`, "auto", a local folder, or a name on the hub.
+    """Read a model from its configuration: one of `data/configs`, "auto", a local folder, or a name
+    on the hub.
 
-    Its tensors are counted by kind and shape, tied ones once. Raises ValueError (one sentence) when not found.
+    Its tensors are counted by kind and shape, tied ones once. Raises ValueError (one sentence) when
+    not found.
     """
     config, net = _meta(name)
     embedding, head = net.get_input_embeddings().weight, net.get_output_embeddings().weight
     linear = {id(m.weight) for m in net.modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
-    alike = Counter(("embedding" if p is embedding else "head" if p is head else "linear" if id(p) in linear
-                     else "experts" if p.ndim == 3 else "other", p.numel() // p.shape[-1], p.shape[-1])
-                    for p in net.parameters())
+    alike = Counter(
+        (
+            "embedding"
+            if p is embedding
+            else "head"
+            if p is head
+            else "linear"
+            if id(p) in linear
+            else "experts"
+            if p.ndim == 3
+            else "other",
+            p.numel() // p.shape[-1],
+            p.shape[-1],
+        )
+        for p in net.parameters()
+    )
     hidden, heads = config.hidden_size, config.num_attention_heads
     experts = _first(config, "num_local_experts", "num_experts", "n_routed_experts", default=1)
     tensors = tuple(Tensors(*key, count) for key, count in alike.items())
-    return Model(Path(name).name, config.model_type, tensors, head is embedding, config.num_hidden_layers,
-                 hidden, heads, _kv_heads(config), _first(config, "head_dim", default=hidden // heads),
-                 _first(config, "intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner", default=4 * hidden),
-                 config.vocab_size, _first(config, "num_experts_per_tok", default=experts) / experts)
+    return Model(
+        Path(name).name,
+        config.model_type,
+        tensors,
+        head is embedding,
+        config.num_hidden_layers,
+        hidden,
+        heads,
+        _kv_heads(config),
+        _first(config, "head_dim", default=hidden // heads),
+        _first(
+            config, "intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner", default=4 * hidden
+        ),
+        config.vocab_size,
+        _first(config, "num_experts_per_tok", default=experts) / experts,
+    )
 
 
 def parameters(model: Model, untied: bool = False) -> dict[str, int]:
-    """Parameter counts: embedding, head (0 if tied, unless `untied`), linear, experts, other, layer, total.
+    """Parameter counts: embedding, head (0 if tied, unless `untied`), linear, experts, other,
+    layer, total.
 
-    linear and experts are the decoder's, layer their share in one layer; other: norms, biases, positions.
+    linear and experts are the decoder's, layer their share in one layer; other: norms, biases,
+    positions.
     """
     found = Counter(dict.fromkeys(("embedding", "head", "linear", "experts", "other"), 0))
     for t in model.tensors:
         found[t.kind] += t.rows * t.columns * t.count
     found["head"] += found["embedding"] * (untied and model.tied)
-    return {**found, "layer": (found["linear"] + found["experts"]) // model.layers, "total": found.total()}
+    return {
+        **found,
+        "layer": (found["linear"] + found["experts"]) // model.layers,
+        "total": found.total(),
+    }
 
 
-def _parts(kind: str, columns: int, tied: bool, technique: Technique, engine: Engine) -> tuple[tuple[int, int], ...]:
+def _parts(
+    kind: str, columns: int, tied: bool, technique: Technique, engine: Engine
+) -> tuple[tuple[int, int], ...]:
     """The blocks a tensor of this kind is stored in."""
     is_head = kind == "head" or (kind == "embedding" and tied)
-    if technique.engine == "llama.cpp":  # norms stay in 32 bits, the head in 6 or more; a Q6_K block has 256 columns
+    if (
+        technique.engine == "llama.cpp"
+    ):  # norms stay in 32 bits, the head in 6 or more; a Q6_K block has 256 columns
         least = Q8_0 if technique.parts == Q8_0 or columns % 256 else Q6_K
         return FP32 if kind == "other" else least if is_head else technique.parts
     if kind in ("linear", "experts") or (kind == "head" and engine.quantizes_head):
@@ -186,7 +261,9 @@ def _parts(kind: str, columns: int, tied: bool, technique: Technique, engine: En
 
 
 def allocated(nbytes: int) -> int:
-    """What PyTorch's caching allocator gives: from 10 MiB on it asks for whole 2 MiB, and splits off over 1 MiB."""
+    """What PyTorch's caching allocator gives: from 10 MiB on it asks for whole 2 MiB, and splits
+    off over 1 MiB.
+    """
     spare = -nbytes % 2**21
     return nbytes + (spare if nbytes >= 10 * 2**20 and spare <= 2**20 else -nbytes % 512)
 
@@ -205,7 +282,9 @@ class Stored(NamedTuple):
     count: float
 
 
-def stored(model: Model, technique: Technique, engine: Engine, gpus: int = 1, split: str = "tensor") -> list[Stored]:
+def stored(
+    model: Model, technique: Technique, engine: Engine, gpus: int = 1, split: str = "tensor"
+) -> list[Stored]:
     """The tensors that the fullest GPU holds; `split` as in `planner.memory`."""
     tensors, tied = list(model.tensors), model.tied and not engine.unties
     if model.tied and engine.unties:
@@ -213,11 +292,15 @@ def stored(model: Model, technique: Technique, engine: Engine, gpus: int = 1, sp
     found = []
     for kind, rows, columns, count in tensors:
         vocabulary = kind in ("embedding", "head")
-        if split == "fsdp" or (split == "tensor" and (engine.shards_vocabulary if vocabulary else kind != "other")):
+        if split == "fsdp" or (
+            split == "tensor" and (engine.shards_vocabulary if vocabulary else kind != "other")
+        ):
             rows = -(-rows // gpus)
         if split == "sequential" and not vocabulary:
             count *= share(model, gpus)
-        sizes = [-(-rows * columns // (values or columns)) * nbytes
-                 for values, nbytes in _parts(kind, columns, tied, technique, engine)]
+        sizes = [
+            -(-rows * columns // (values or columns)) * nbytes
+            for values, nbytes in _parts(kind, columns, tied, technique, engine)
+        ]
         found.append(Stored(kind, rows * columns, sizes, count))
     return found

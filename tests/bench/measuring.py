@@ -1,8 +1,11 @@
-"""`make bench`: is the measuring itself right? Ratios within one run, each with its interval and its aim.
+"""`make bench`: is the measuring itself right? Ratios within one run, each with its interval and
+its aim.
 
-1. The harness's latency over that of a bare `perf_counter` around the same generation (one clock against another).
+1. The harness's latency over that of a bare `perf_counter` around the same generation (one clock
+against another).
 2. A generation with the harness's token stamps over one without, in pairs (what stamping costs).
-3. The peak that `memory.peak_of` reports over what the kernel reports for the same process at its end (`wait4`).
+3. The peak that `memory.peak_of` reports over what the kernel reports for the same process at its
+end (`wait4`).
 """
 
 import json
@@ -17,7 +20,10 @@ from rich.table import Table
 from helpers import models, timing
 
 PROMPT, NEW_TOKENS, PAIRS = "I am so fast that I can", 50, 12
-SHORT_TOKENS, SHORT_PAIRS = 10, 100  # what stamping costs is less than a machine's drift: many pairs, close together
+SHORT_TOKENS, SHORT_PAIRS = (
+    10,
+    100,
+)  # what stamping costs is less than a machine's drift: many pairs, close together
 
 CHILD = """
 import json, os, torch
@@ -48,32 +54,43 @@ def same_generations() -> timing.Ratio:
 
 
 def with_and_without_stamps() -> timing.Ratio:
-    """Latency with the harness over a plain `generate` under a bare clock, in pairs, turn and turn about."""
+    """Latency with the harness over a plain `generate` under a bare clock, in pairs, turn and turn
+    about.
+    """
     net = models.load()
     ids = models.tokenizer()(PROMPT, return_tensors="pt").input_ids
 
     def bare() -> timing.Generation:
         start = time.perf_counter()
-        net.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=SHORT_TOKENS, do_sample=False)
+        net.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=SHORT_TOKENS, do_sample=False
+        )
         seconds = time.perf_counter() - start
         return timing.Generation(seconds, [seconds] * SHORT_TOKENS, ids.shape[1])
 
-    found = timing.measure({"harness": lambda: timing.greedy(net, ids, SHORT_TOKENS), "bare": lambda: bare},
-                           "harness", SHORT_PAIRS)
+    found = timing.measure(
+        {"harness": lambda: timing.greedy(net, ids, SHORT_TOKENS), "bare": lambda: bare},
+        "harness",
+        SHORT_PAIRS,
+    )
     return timing.ratio(found["harness"].latency_s, found["bare"].latency_s)
 
 
 def reported_and_kernel_peak() -> timing.Ratio:
     """The harness's peak over the kernel's `ru_maxrss` of the same process, three processes.
 
-    A new process inherits the resident size of the one that spawned it as the floor of its `ru_maxrss`, so this runs
-    before anything large is loaded here.
+    A new process inherits the resident size of the one that spawned it as the floor of its
+    `ru_maxrss`, so this runs before anything large is loaded here.
     """
     ours, kernels = [], []
     for _ in range(3):
         out, into = os.pipe()
-        pid = os.posix_spawn(sys.executable, [sys.executable, "-c", CHILD.format(prompt=PROMPT, tokens=NEW_TOKENS)],
-                             os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, into, 1)])
+        pid = os.posix_spawn(
+            sys.executable,
+            [sys.executable, "-c", CHILD.format(prompt=PROMPT, tokens=NEW_TOKENS)],
+            os.environ,
+            file_actions=[(os.POSIX_SPAWN_DUP2, into, 1)],
+        )
         os.close(into)
         with os.fdopen(out) as said:
             ours.append(json.loads(said.read().strip().splitlines()[-1]))
@@ -85,16 +102,26 @@ def reported_and_kernel_peak() -> timing.Ratio:
 
 
 def main() -> int:
-    checks = [("reported peak ÷ kernel's peak", reported_and_kernel_peak, 0.03),  # first: see its docstring
-              ("harness clock ÷ bare clock, same generations", same_generations, 0.02),
-              ("with stamps ÷ without, in pairs", with_and_without_stamps, 0.02)]
+    checks = [
+        (
+            "reported peak ÷ kernel's peak",
+            reported_and_kernel_peak,
+            0.03,
+        ),  # first: see its docstring
+        ("harness clock ÷ bare clock, same generations", same_generations, 0.02),
+        ("with stamps ÷ without, in pairs", with_and_without_stamps, 0.02),
+    ]
     table, missed = Table("what", "ratio [95 %]", "aim", "met"), 0
     for name, check, aim in checks:
         found = check()
         met = found.low >= 1 - aim and found.high <= 1 + aim
         missed += not met
-        table.add_row(name, f"{found.value:.4f} [{found.low:.4f}, {found.high:.4f}]", f"1 ± {aim}",
-                      "yes" if met else "no")
+        table.add_row(
+            name,
+            f"{found.value:.4f} [{found.low:.4f}, {found.high:.4f}]",
+            f"1 ± {aim}",
+            "yes" if met else "no",
+        )
     Console().print(table)
     return int(missed > 0)
 

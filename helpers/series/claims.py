@@ -1,10 +1,12 @@
-"""The article's claims held against records. What it says stands in `data/claims.csv`; no verdict does.
+"""The article's claims held against records. What it says stands in `data/claims.csv`; no verdict
+does.
 
-A claim compares one quantity of two records (ids, `*` for a number of ranks): speed (paired 95 % interval, one
-engine), throughput (useful tokens/s, engines may differ), memory (peak above what was resident before), weights
-(bytes), perplexity (interval of the paired log-likelihood), or a/b: a field or detail of one over a field or detail
-of the other, or over a number. Two kinds need no pair: `compromise` counts over all records, `degrees` reads a
-model's configuration. What several CPU processes did in place of GPUs is no evidence.
+A claim compares one quantity of two records (ids, `*` for a number of ranks): speed (paired 95 %
+interval, one engine), throughput (useful tokens/s, engines may differ), memory (peak above what was
+resident before), weights (bytes), perplexity (interval of the paired log-likelihood), or a/b: a
+field or detail of one over a field or detail of the other, or over a number. Two kinds need no
+pair: `compromise` counts over all records, `degrees` reads a model's configuration. What several
+CPU processes did in place of GPUs is no evidence.
 """
 
 import fnmatch
@@ -14,10 +16,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from helpers import planner, timing
+from helpers import timing
 from helpers.schema import Record
+from helpers.series import planner
 
-DATA = Path(__file__).with_name("data")
+DATA = Path(__file__).parent.parent / "data"
 ALIKE = 0.05  # two things are alike, or a size is met, within this share
 UNKNOWN = {"here": "–", "direction": "not measured", "size": "–"}
 
@@ -33,10 +36,10 @@ def interval(value, ends, form: str = ".2f", unit: str = "") -> str:
 def claims(records: list[Record], technique: str | None = None) -> pd.DataFrame:
     """The article's claims beside what these records say: direction and size judged apart.
 
-    Direction: confirmed, refuted or within noise; likeness is confirmed when the whole interval lies within 5 % of
-    one, a bound ("at most") when all of it lies below. Size: met when the article's figure lies in the interval
-    widened by 5 %, else the effect is larger or smaller; "–" where the article gives none. A claim without its
-    records is "not measured".
+    Direction: confirmed, refuted or within noise; likeness is confirmed when the whole interval
+    lies within 5 % of one, a bound ("at most") when all of it lies below. Size: met when the
+    article's figure lies in the interval widened by 5 %, else the effect is larger or smaller; "–"
+    where the article gives none. A claim without its records is "not measured".
     """
     facts = pd.read_csv(DATA / "claims.csv")
     if technique:
@@ -47,36 +50,58 @@ def claims(records: list[Record], technique: str | None = None) -> pd.DataFrame:
 
 def _judged(fact: dict, records: list[Record]) -> dict:
     said = None if pd.isna(fact["article_value"]) else fact["article_value"]
-    row = {"claim": fact["claim"],
-           "article": f"{said:.2f}× ({fact['article_figures']})" if said else fact["article_figures"]}
+    row = {
+        "claim": fact["claim"],
+        "article": f"{said:.2f}× ({fact['article_figures']})" if said else fact["article_figures"],
+    }
     if fact["quantity"] in WHOLE:
         return row | WHOLE[fact["quantity"]](fact, records)
-    one, other = (_find(records, fact["technique"], fact[name]) for name in ("variant", "compared_with"))
+    one, other = (
+        _find(records, fact["technique"], fact[name]) for name in ("variant", "compared_with")
+    )
     if not one or not other:
         return row | UNKNOWN
     if any(shares_a_cpu(r) for r in (one, other)):
         return row | UNKNOWN | {"here": "ranks on one CPU"}
-    gain = RATIOS[fact["quantity"]](one, other) if fact["quantity"] in RATIOS else _share(fact["quantity"], one, other)
+    gain = (
+        RATIOS[fact["quantity"]](one, other)
+        if fact["quantity"] in RATIOS
+        else _share(fact["quantity"], one, other)
+    )
     return row | (_verdict(gain, fact["direction"], said) if gain else UNKNOWN)
 
 
 def _verdict(gain: timing.Ratio, direction: str, said: float | None) -> dict:
     low, high = gain.low or gain.value, gain.high or gain.value
     bound = float(direction.removeprefix("at most ")) if direction.startswith("at most") else None
-    holds, fails = (high <= bound, low > bound) if bound else {
-        "up": (low > 1, high < 1), "down": (high < 1, low > 1),
-        "alike": (1 - ALIKE <= low and high <= 1 + ALIKE, low > 1 + ALIKE or high < 1 - ALIKE)}[direction]
+    holds, fails = (
+        (high <= bound, low > bound)
+        if bound
+        else {
+            "up": (low > 1, high < 1),
+            "down": (high < 1, low > 1),
+            "alike": (1 - ALIKE <= low and high <= 1 + ALIKE, low > 1 + ALIKE or high < 1 - ALIKE),
+        }[direction]
+    )
     above, below = (low / (1 + ALIKE) > said, high * (1 + ALIKE) < said) if said else (False, False)
     if direction == "down":
         above, below = below, above  # a smaller ratio is the larger effect
-    return {"here": interval(gain.value, gain[1:] if gain.low else None, unit="×"),
-            "direction": "confirmed" if holds else "refuted" if fails else "within noise",
-            "size": "–" if said is None else "larger" if above else "smaller" if below else "met"}
+    return {
+        "here": interval(gain.value, gain[1:] if gain.low else None, unit="×"),
+        "direction": "confirmed" if holds else "refuted" if fails else "within noise",
+        "size": "–" if said is None else "larger" if above else "smaller" if below else "met",
+    }
 
 
 def _find(records: list[Record], technique: str, pattern: str) -> Record | None:
-    return next((r for r in records if r.technique == technique and r.status == "ok"
-                 and fnmatch.fnmatchcase(r.id, pattern)), None)
+    return next(
+        (
+            r
+            for r in records
+            if r.technique == technique and r.status == "ok" and fnmatch.fnmatchcase(r.id, pattern)
+        ),
+        None,
+    )
 
 
 def shares_a_cpu(record: Record) -> bool:
@@ -100,7 +125,9 @@ def _throughput(one: Record, other: Record) -> timing.Ratio | None:
     runs, speeds = {len(r.latency_s) for r in (one, other)}, (one.tokens_per_s, other.tokens_per_s)
     if 0 in runs or len(runs) > 1 or None in speeds:
         return _over(one.tokens_per_s, other.tokens_per_s)
-    done = [r.tokens_per_s * statistics.median(r.latency_s) for r in (one, other)]  # one may have run a part only
+    done = [
+        r.tokens_per_s * statistics.median(r.latency_s) for r in (one, other)
+    ]  # one may have run a part only
     gain = timing.ratio(other.latency_s, one.latency_s)
     return timing.Ratio(*(end and end * done[0] / done[1] for end in gain))
 
@@ -140,19 +167,42 @@ def _over(above, below) -> timing.Ratio | None:
 def _compromise(fact: dict, records: list[Record]) -> dict:
     """How many of the variants that are faster in their engine are measurably worse in quality."""
     engine = {(r.technique, r.id): r.engine for r in records}
-    faster = [r for r in records if r.sweep is None and r.speedup_ci95 and r.speedup_ci95[0] > 1 and r.nll_delta_ci95
-              and engine[r.technique, r.baseline] == r.engine and not shares_a_cpu(r)]
+    faster = [
+        r
+        for r in records
+        if r.sweep is None
+        and r.speedup_ci95
+        and r.speedup_ci95[0] > 1
+        and r.nll_delta_ci95
+        and engine[r.technique, r.baseline] == r.engine
+        and not shares_a_cpu(r)
+    ]
     worse = [r for r in faster if r.nll_delta_ci95[0] > 0]
-    return {"here": f"{len(worse)} of {len(faster)} faster variants lose quality", "size": "–",
-            "direction": "confirmed" if worse else "refuted"} if faster else UNKNOWN
+    return (
+        {
+            "here": f"{len(worse)} of {len(faster)} faster variants lose quality",
+            "size": "–",
+            "direction": "confirmed" if worse else "refuted",
+        }
+        if faster
+        else UNKNOWN
+    )
 
 
 def _degrees(fact: dict, records: list[Record]) -> dict:
     model = planner.describe(fact["variant"])
-    return {"here": f"{model.heads} heads, {model.kv_heads} for keys", "size": "–",
-            "direction": "confirmed" if planner.degrees(model) == [1] else "refuted"}
+    return {
+        "here": f"{model.heads} heads, {model.kv_heads} for keys",
+        "size": "–",
+        "direction": "confirmed" if planner.degrees(model) == [1] else "refuted",
+    }
 
 
-RATIOS = {"speed": _speed, "throughput": _throughput, "memory": _memory, "perplexity": _perplexity,
-          "weights": lambda one, other: _over(one.weight_bytes, other.weight_bytes)}
+RATIOS = {
+    "speed": _speed,
+    "throughput": _throughput,
+    "memory": _memory,
+    "perplexity": _perplexity,
+    "weights": lambda one, other: _over(one.weight_bytes, other.weight_bytes),
+}
 WHOLE = {"compromise": _compromise, "degrees": _degrees}

@@ -1,7 +1,8 @@
-"""`make soak`: the lessons that start processes, again and again with small numbers; nothing may pile up.
+"""`make soak`: the lessons that start processes, again and again with small numbers; nothing may
+pile up.
 
-After each round the machine is compared with before the first: processes, listening TCP ports, shared memory, temporary
-files, available memory. `python -m bench.soak ROUNDS LESSON ...`
+After each round the machine is compared with before the first: processes, listening TCP ports,
+shared memory, temporary files, available memory. `python -m tests.bench.soak ROUNDS LESSON ...`
 """
 
 import os
@@ -14,7 +15,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from helpers import run
+from helpers.series import run
 
 ROUNDS, LESSONS, SETTLE_S = 3, ("03", "07"), 10
 
@@ -22,9 +23,13 @@ ROUNDS, LESSONS, SETTLE_S = 3, ("03", "07"), 10
 def left() -> dict[str, set]:
     """What a round could leave behind."""
     places = {"shared memory": Path("/dev/shm"), "temporary files": Path(tempfile.gettempdir())}
-    return {"processes": {(p.pid, p.name()) for p in psutil.process_iter() if p.uids().real == os.getuid()},
-            "ports": {c.laddr.port for c in psutil.net_connections("tcp") if c.status == "LISTEN"},
-            **{name: {path.name for path in folder.iterdir()} for name, folder in places.items()}}
+    return {
+        "processes": {
+            (p.pid, p.name()) for p in psutil.process_iter() if p.uids().real == os.getuid()
+        },
+        "ports": {c.laddr.port for c in psutil.net_connections("tcp") if c.status == "LISTEN"},
+        **{name: {path.name for path in folder.iterdir()} for name, folder in places.items()},
+    }
 
 
 def one_round(lessons: list[Path], folder: Path) -> list[str]:
@@ -32,7 +37,9 @@ def one_round(lessons: list[Path], folder: Path) -> list[str]:
     failed = []
     for lesson in lessons:
         known = run.known_parameters(lesson)
-        given = {k: v for k, v in run.SMOKE.items() if k in known} | {"RESULTS_DIR": str(folder / "results")}
+        given = {k: v for k, v in run.SMOKE.items() if k in known} | {
+            "RESULTS_DIR": str(folder / "results")
+        }
         try:
             run.execute(lesson, folder / lesson.name, given)
         except Exception as error:
@@ -52,8 +59,13 @@ def main(rounds: int, only: list[str]) -> int:
         time.sleep(SETTLE_S)
         more = {name: now - before[name] for name, now in left().items()}
         faults += len(failed) + sum(map(len, more.values()))
-        table.add_row(str(number), f"{seconds:.0f}", f"{psutil.virtual_memory().available / 1e9:.1f}",
-                      ", ".join(failed) or "–", *(", ".join(map(str, sorted(m))) or "–" for m in more.values()))
+        table.add_row(
+            str(number),
+            f"{seconds:.0f}",
+            f"{psutil.virtual_memory().available / 1e9:.1f}",
+            ", ".join(failed) or "–",
+            *(", ".join(map(str, sorted(m))) or "–" for m in more.values()),
+        )
     Console().print(table)
     return int(faults > 0)
 

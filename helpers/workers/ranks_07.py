@@ -1,6 +1,6 @@
 """A rank of lesson 07: load its part of the model, measure it, leave what it found in a file.
 
-torchrun starts it, once a rank: `torchrun --nproc-per-node 3 parallel.py JOB.json`.
+torchrun starts it, once a rank: `torchrun --nproc-per-node 3 ranks_07.py JOB.json`.
 """
 
 import contextlib
@@ -43,33 +43,51 @@ def half_on_disk(model: str, device: str) -> dict:
     """A device map: every second layer stays in its file until it runs."""
     with torch.device("meta"):
         net = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
-    layers, stack = next((n, m) for n, m in net.named_modules() if isinstance(m, torch.nn.ModuleList))
-    others = [n for n, m in net.named_modules() if n and not list(m.children()) and not n.startswith(layers)]
-    return dict.fromkeys(others, device) | {f"{layers}.{i}": "disk" if i % 2 else device for i in range(len(stack))}
+    layers, stack = next(
+        (n, m) for n, m in net.named_modules() if isinstance(m, torch.nn.ModuleList)
+    )
+    others = [
+        n
+        for n, m in net.named_modules()
+        if n and not list(m.children()) and not n.startswith(layers)
+    ]
+    return dict.fromkeys(others, device) | {
+        f"{layers}.{i}": "disk" if i % 2 else device for i in range(len(stack))
+    }
 
 
 def load_part(job: dict, device: str):
     """This rank's part of the model."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if job["strategy"] == "tp":
-        return models.load(job["model"], device_map=None, distributed_config=DistributedConfig(tp_plan="auto"))
+        return models.load(
+            job["model"], device_map=None, distributed_config=DistributedConfig(tp_plan="auto")
+        )
     if job["strategy"] == "devices":
         return models.load(job["model"], device_map="balanced")
     if job["strategy"] == "offload":
-        return models.load(job["model"], device_map=half_on_disk(job["model"], device), offload_folder=job["folder"])
+        return models.load(
+            job["model"],
+            device_map=half_on_disk(job["model"], device),
+            offload_folder=job["folder"],
+        )
     if job["strategy"] == "fsdp":
         return shard(models.load(job["model"]), init_device_mesh(job["place"], (ranks,)))
     return models.load(job["model"], device=device)
 
 
 def own_bytes(model) -> int:
-    """Bytes of weights in this rank's own memory, tied ones once; those on disk are on the meta device."""
+    """Bytes of weights in this rank's own memory, tied ones once; those on disk are on the meta
+    device.
+    """
     parts = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
     return sum({p.data_ptr(): p.nbytes for p in parts if p.device.type != "meta"}.values())
 
 
 class Traffic(TorchDispatchMode):
-    """Bytes that this rank sends in collectives, by the ring's count, and the number of collectives."""
+    """Bytes that this rank sends in collectives, by the ring's count, and the number of
+    collectives.
+    """
 
     def __init__(self, ranks: int):
         super().__init__()
@@ -78,8 +96,15 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
         if "c10d" in function.namespace and ("reduce" in name or "gather" in name):
-            message = [t for a in args for t in (a if isinstance(a, list) else [a]) if isinstance(t, torch.Tensor)]
-            message = message[-1].nbytes  # of a gather, this rank's part: outputs come before inputs
+            message = [
+                t
+                for a in args
+                for t in (a if isinstance(a, list) else [a])
+                if isinstance(t, torch.Tensor)
+            ]
+            message = message[
+                -1
+            ].nbytes  # of a gather, this rank's part: outputs come before inputs
             self.sent += message * (self.ranks - 1) * (1 if "gather" in name else 2 / self.ranks)
             self.messages += 1
         return function(*args, **(kwargs or {}))
@@ -89,8 +114,11 @@ def communication_share(call) -> float:
     """Part of a generation's time in which a collective was under way on this rank."""
     with torch.profiler.profile() as profile:
         latency = call().latency_s
-    spans = sorted((e.time_range.start, e.time_range.end) for e in profile.events()
-                   if e.name.startswith(("gloo:", "nccl:")))
+    spans = sorted(
+        (e.time_range.start, e.time_range.end)
+        for e in profile.events()
+        if e.name.startswith(("gloo:", "nccl:"))
+    )
     busy, reached = 0.0, 0.0
     for start, end in spans:
         busy, reached = busy + max(0.0, end - max(start, reached)), max(reached, end)
@@ -98,7 +126,9 @@ def communication_share(call) -> float:
 
 
 def link(ranks: int, device: str, large: int = 4_000_000) -> dict:
-    """For each strategy's collective: seconds of a message, and bytes per second that a rank sends in a large one."""
+    """For each strategy's collective: seconds of a message, and bytes per second that a rank sends
+    in a large one.
+    """
     group = dist.new_group(range(ranks))
 
     def seconds(collective, numbers: int, times: int) -> float:
@@ -146,7 +176,9 @@ def score(model, windows, device: str) -> dict:
 
 
 def generate(job: dict, device: str, ranks: int) -> dict:
-    """Load this rank's part; then memory (and bytes sent), speed, communication's time and quality, a pass for each."""
+    """Load this rank's part; then memory (and bytes sent), speed, communication's time and quality,
+    a pass for each.
+    """
     made, traffic = {}, Traffic(ranks)
 
     def counted():
@@ -157,7 +189,9 @@ def generate(job: dict, device: str, ranks: int) -> dict:
 
     def factory():
         made["model"] = load_part(job, device)
-        made["call"] = timing.greedy(made["model"], torch.tensor([job["prompt"]]), job["new_tokens"])
+        made["call"] = timing.greedy(
+            made["model"], torch.tensor([job["prompt"]]), job["new_tokens"]
+        )
         return counted
 
     peak = memory.peak_of(factory, device)
@@ -165,8 +199,12 @@ def generate(job: dict, device: str, ranks: int) -> dict:
     runs = [dataclasses.asdict(made["call"]()) for _ in range(job["warmup"] + job["repeats"])]
     found = {"peak": dataclasses.asdict(peak), "runs": runs, "own_bytes": own_bytes(made["model"])}
     if ranks > 1:
-        found |= {"sent": traffic.sent, "messages": traffic.messages, "wire_bytes": made["wire_bytes"],
-                  "share": communication_share(made["call"])}
+        found |= {
+            "sent": traffic.sent,
+            "messages": traffic.messages,
+            "wire_bytes": made["wire_bytes"],
+            "share": communication_share(made["call"]),
+        }
     print(f"{runs[-1]['latency_s']:.2f} s a generation", flush=True)
     return found | score(made["model"], job["windows"], device)
 
@@ -184,19 +222,28 @@ def break_down(how: str, rank: int, ranks: int) -> dict:
 def show_where(number: int, frame) -> None:
     """Signal handler of a rank that does not answer: say where it is, and end."""
     traceback.print_stack(frame)
-    print("this rank did not answer its peers: the stack above is where it was", file=sys.stderr, flush=True)
+    print(
+        "this rank did not answer its peers: the stack above is where it was",
+        file=sys.stderr,
+        flush=True,
+    )
     os._exit(1)
 
 
 def call_on_silent(store, rank: int, ranks: int, wait_s: float) -> None:
-    """A collective timed out: the ranks that do not even wait are the ones that hang. Here, they are made to end, and
-    waited for: who ends first is named."""
+    """A collective timed out: the ranks that do not even wait are the ones that hang. Here, they
+    are made to end, and waited for: who ends first is named.
+    """
     store.set(f"waits-{rank}", "")
     time.sleep(2)  # the others' collective times out now too
     silent = [n for n in range(ranks) if not store.check([f"waits-{n}"])]
     print(f"no answer from rank {silent} within {wait_s:g} s", file=sys.stderr, flush=True)
     known = [json.loads(store.get(f"process-{n}")) for n in silent]
-    here = [psutil.Process(pid) for host, pid in known if host == socket.gethostname() and psutil.pid_exists(pid)]
+    here = [
+        psutil.Process(pid)
+        for host, pid in known
+        if host == socket.gethostname() and psutil.pid_exists(pid)
+    ]
     for process in here:
         process.send_signal(signal.SIGUSR1)
         process.send_signal(signal.SIGCONT)  # it may have been stopped
@@ -204,7 +251,9 @@ def call_on_silent(store, rank: int, ranks: int, wait_s: float) -> None:
 
 
 def together(store, rank: int, ranks: int, wait_s: float, work) -> dict:
-    """Do this rank's work; when it fails for another rank's fault, let that rank end first, so that it is named."""
+    """Do this rank's work; when it fails for another rank's fault, let that rank end first, so that
+    it is named.
+    """
     signal.signal(signal.SIGUSR1, show_where)
     store.set(f"process-{rank}", json.dumps([socket.gethostname(), os.getpid()]))
     try:
@@ -222,9 +271,16 @@ def main() -> None:
     device = f"cuda:{os.environ['LOCAL_RANK']}" if job["place"] == "cuda" else "cpu"
     if job["place"] == "cuda":
         torch.cuda.set_device(device)
-    store, rank, ranks = next(rendezvous("env://"))  # where ranks meet: torchrun tells each the address and its number
-    dist.init_process_group("nccl" if job["place"] == "cuda" else "gloo", store=dist.PrefixStore("group", store),
-                            rank=rank, world_size=ranks, timeout=datetime.timedelta(seconds=job["wait_s"]))
+    store, rank, ranks = next(
+        rendezvous("env://")
+    )  # where ranks meet: torchrun tells each the address and its number
+    dist.init_process_group(
+        "nccl" if job["place"] == "cuda" else "gloo",
+        store=dist.PrefixStore("group", store),
+        rank=rank,
+        world_size=ranks,
+        timeout=datetime.timedelta(seconds=job["wait_s"]),
+    )
 
     def work() -> dict:
         if job["strategy"] in ("dies", "hangs"):

@@ -1,8 +1,8 @@
 """Start a server, torchrun or Ray under a supervisor, wait for it, end all it started.
 
-The supervisor is this file, run as a process of its own. It reads a pipe whose other end only its owner holds: however
-the owner ends, SIGKILL included, the pipe closes, and the supervisor ends the command and all that came of it. Linux
-hands it every orphan, those in sessions of their own too.
+The supervisor is this file, run as a process of its own. It reads a pipe whose other end only its
+owner holds: however the owner ends, SIGKILL included, the pipe closes, and the supervisor ends the
+command and all that came of it. Linux hands it every orphan, those in sessions of their own too.
 """
 
 import contextlib
@@ -27,10 +27,15 @@ from pathlib import Path
 import psutil
 
 HOST = "127.0.0.1"
-ENVIRONMENT = {"VLLM_HOST_IP": HOST, "VLLM_NO_USAGE_STATS": "1", "PYTHONUNBUFFERED": "1",
-               "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank${rank}]: "}  # of everything started here
+ENVIRONMENT = {
+    "VLLM_HOST_IP": HOST,
+    "VLLM_NO_USAGE_STATS": "1",
+    "PYTHONUNBUFFERED": "1",
+    "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank${rank}]: ",
+}  # of everything started here
 POLL_S, GRACE_S = 0.1, 5.0  # from one look to the next; from SIGTERM to SIGKILL
-ENDED = 180  # a supervisor's exit code when it was told to end; else its command's, or 128 + the signal's number
+# a supervisor's exit code when it was told to end; else its command's, or 128 + the signal's number
+ENDED = 180
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # <linux/prctl.h>
 Command = Sequence[str | Path]
 
@@ -40,23 +45,38 @@ class ServingError(RuntimeError):
 
 
 class Server:
-    """A server that runs until `stop()`, the end of its `with` block, or its owner's. Requests must carry `headers`."""
+    """A server that runs until `stop()`, the end of its `with` block, or its owner's. Requests must
+    carry `headers`.
+    """
 
     def __init__(self, command: Command, port: int, env: dict[str, str], key_variable: str):
-        self.name, self.port, self.api_key = _name(command), free_port(port), secrets.token_urlsafe(24)
-        self.url, self.headers = f"http://{HOST}:{self.port}", {"Authorization": f"Bearer {self.api_key}"}
+        self.name, self.port, self.api_key = (
+            _name(command),
+            free_port(port),
+            secrets.token_urlsafe(24),
+        )
+        self.url, self.headers = (
+            f"http://{HOST}:{self.port}",
+            {"Authorization": f"Bearer {self.api_key}"},
+        )
         self.log = Path(tempfile.mkdtemp(prefix="run-")) / "server.log"
         words = [str(word).replace("{port}", str(self.port)) for word in command]
         with self.log.open("wb") as output:
-            self.supervisor = _start([words], {**env, key_variable: self.api_key}, self.log.parent, output)
+            self.supervisor = _start(
+                [words], {**env, key_variable: self.api_key}, self.log.parent, output
+            )
 
     @property
     def pid(self) -> int:
         """Process id of the command itself, the root of the server's processes."""
-        return min(psutil.Process(self.supervisor.pid).children(), key=lambda child: child.create_time()).pid
+        return min(
+            psutil.Process(self.supervisor.pid).children(), key=lambda child: child.create_time()
+        ).pid
 
     def log_tail(self, lines: int = 20) -> str:
-        """The server's last lines, after its first error if that is not among them; "(none)" once it is stopped."""
+        """The server's last lines, after its first error if that is not among them; "(none)" once
+        it is stopped.
+        """
         text = self.log.read_text("utf-8", "replace") if self.log.exists() else ""
         return _tail(text.replace(self.api_key, "<api key>").splitlines(), lines)
 
@@ -76,16 +96,26 @@ class Server:
             error.add_note(f"{self.name} {_outcome(code)} meanwhile; its last lines:\n{tail}")
 
 
-def server(command: Command, *, port: int = 0, env: dict[str, str] | None = None, key_variable: str = "VLLM_API_KEY",
-           ready: str = "/health", ready_s: float = 300.0) -> Server:
-    """Start a server that binds 127.0.0.1; return once it is ready. Use it with `with`, or call its `stop()`.
+def server(
+    command: Command,
+    *,
+    port: int = 0,
+    env: dict[str, str] | None = None,
+    key_variable: str = "VLLM_API_KEY",
+    ready: str = "/health",
+    ready_s: float = 300.0,
+) -> Server:
+    """Start a server that binds 127.0.0.1; return once it is ready. Use it with `with`, or call its
+    `stop()`.
 
-    In `command`, `{port}` becomes the port (0: a free one). `env` is added to this process's environment;
-    `key_variable` names the variable that gives the server an API key made for this run. It is ready when
-    GET `ready`, asked with the key, answers 200, for which it has `ready_s` seconds.
+    In `command`, `{port}` becomes the port (0: a free one). `env` is added to this process's
+    environment; `key_variable` names the variable that gives the server an API key made for this
+    run. It is ready when GET `ready`, asked with the key, answers 200, for which it has `ready_s`
+    seconds.
 
-    Raises ServingError, with the log's last lines, when the port is in use, the server ends or is not ready in time,
-    or listens beyond loopback. Nothing is left running then, nor after an interrupt.
+    Raises ServingError, with the log's last lines, when the port is in use, the server ends or is
+    not ready in time, or listens beyond loopback. Nothing is left running then, nor after an
+    interrupt.
     """
     started = Server(command, port, env or {}, key_variable)
     try:
@@ -96,15 +126,21 @@ def server(command: Command, *, port: int = 0, env: dict[str, str] | None = None
     return started
 
 
-def run(*commands: Command, timeout_s: float, env: dict[str, str] | None = None,
-        on_line: Callable[[str], object] = print) -> list[str]:
-    """Run a launcher such as torchrun to its end; return its lines of output (stdout and stderr together).
+def run(
+    *commands: Command,
+    timeout_s: float,
+    env: dict[str, str] | None = None,
+    on_line: Callable[[str], object] = print,
+) -> list[str]:
+    """Run a launcher such as torchrun to its end; return its lines of output (stdout and stderr
+    together).
 
-    Several commands run together, and the first to fail ends all. `timeout_s` is a deadline in seconds. `on_line` gets
-    each line as it comes, in the calling thread; torchrun's `--tee 3` marks each with its rank.
+    Several commands run together, and the first to fail ends all. `timeout_s` is a deadline in
+    seconds. `on_line` gets each line as it comes, in the calling thread; torchrun's `--tee 3` marks
+    each with its rank.
 
-    Raises ServingError, with the failing rank's last lines, when a command fails or the deadline passes. Nothing is
-    left running then, nor after an interrupt.
+    Raises ServingError, with the failing rank's last lines, when a command fails or the deadline
+    passes. Nothing is left running then, nor after an interrupt.
     """
     lines, name = [], _name(commands[0])
     with tempfile.TemporaryDirectory(prefix="run-", ignore_cleanup_errors=True) as scratch:
@@ -121,7 +157,9 @@ def run(*commands: Command, timeout_s: float, env: dict[str, str] | None = None,
             supervisor.wait()  # not long: it has limits of its own
     if code := supervisor.returncode:
         late = name, f"was not done within {timeout_s:g} s", lines
-        who, what, own = late if code == ENDED else _failing_rank(lines) or (name, _outcome(code), lines)
+        who, what, own = (
+            late if code == ENDED else _failing_rank(lines) or (name, _outcome(code), lines)
+        )
         raise ServingError(f"{who} {what}; its last lines:\n{_tail(own)}")
     return lines
 
@@ -132,7 +170,9 @@ def free_port(port: int = 0) -> int:
         with socket.create_server((HOST, port)) as probe:
             return probe.getsockname()[1]
     except OSError as error:
-        raise ServingError(f"Port {port} cannot be used ({os.strerror(error.errno)}): name another, or 0.") from None
+        raise ServingError(
+            f"Port {port} cannot be used ({os.strerror(error.errno)}): name another, or 0."
+        ) from None
 
 
 def _wait_ready(server: Server, ready: str, ready_s: float) -> None:
@@ -155,8 +195,10 @@ def _wait_ready(server: Server, ready: str, ready_s: float) -> None:
 
 
 def _status(server: Server, path: str) -> int | None:
-    with (contextlib.suppress(OSError, http.client.HTTPException),
-          contextlib.closing(http.client.HTTPConnection(HOST, server.port, timeout=2)) as connection):
+    with (
+        contextlib.suppress(OSError, http.client.HTTPException),
+        contextlib.closing(http.client.HTTPConnection(HOST, server.port, timeout=2)) as connection,
+    ):
         connection.request("GET", path, headers=server.headers)
         return connection.getresponse().status
 
@@ -164,7 +206,11 @@ def _status(server: Server, path: str) -> int | None:
 def _name(command: Command) -> str:
     """The module or script that Python runs, else the program."""
     names = [Path(word).name for word in command]
-    words = [name for name in names[1:] if not name.startswith("-")] if names[0].startswith("python") else []
+    words = (
+        [name for name in names[1:] if not name.startswith("-")]
+        if names[0].startswith("python")
+        else []
+    )
     return (words or names)[0]
 
 
@@ -172,42 +218,67 @@ def _outcome(code: int) -> str:
     number = -code if code < 0 else code - 128
     if not 0 < number < 32:
         return f"ended with exit code {code}"
-    return f"was ended by {signal.Signals(number).name}" + " (out of memory?)" * (number == signal.SIGKILL)
+    return f"was ended by {signal.Signals(number).name}" + " (out of memory?)" * (
+        number == signal.SIGKILL
+    )
 
 
 def _tail(lines: Sequence[str], count: int = 20) -> str:
     said = [line for line in lines if line.strip()]
-    first = [line for line in said[:-count] if re.search(r"(^|\] )[\w.]*(Error|Exception): ", line)][:1]  # the cause
+    first = [
+        line for line in said[:-count] if re.search(r"(^|\] )[\w.]*(Error|Exception): ", line)
+    ][:1]  # the cause
     return "\n".join(first + said[-count:]) or "(none)"
 
 
 def _failing_rank(lines: Sequence[str]) -> tuple[str, str, list[str]] | None:
-    """By torchrun's summary: who failed first, how, and its lines (all ranks' where they bear no mark)."""
-    found = re.search(r"Root Cause.*?rank\s*: (\d+).*?exitcode\s*: (-?\d+)", "\n".join(lines), re.DOTALL)
+    """By torchrun's summary: who failed first, how, and its lines (all ranks' where they bear no
+    mark).
+    """
+    found = re.search(
+        r"Root Cause.*?rank\s*: (\d+).*?exitcode\s*: (-?\d+)", "\n".join(lines), re.DOTALL
+    )
     if found:
         mark = f"[rank{found[1]}]: "
         own = [line.replace(mark, "") for line in lines if line.startswith(mark)]
-        start = next((i for i, line in enumerate(lines) if "torch/distributed/elastic" in line), len(lines))
+        start = next(
+            (i for i, line in enumerate(lines) if "torch/distributed/elastic" in line), len(lines)
+        )
         return f"rank {found[1]}", _outcome(int(found[2])), own or lines[:start]
 
 
-def _start(commands: Sequence[Command], env: dict[str, str], scratch: str | Path, output) -> subprocess.Popen:
+def _start(
+    commands: Sequence[Command], env: dict[str, str], scratch: str | Path, output
+) -> subprocess.Popen:
     """A supervisor with its commands, whose temporary files go to the folder `scratch`."""
     words = json.dumps([[str(word) for word in command] for command in commands])
-    return subprocess.Popen([sys.executable, "-P", __file__, str(scratch), words], stdin=subprocess.PIPE, stdout=output,
-                            stderr=subprocess.STDOUT, encoding="utf-8", errors="replace", start_new_session=True,
-                            env={**os.environ, **ENVIRONMENT, "TMPDIR": str(scratch), **env})
+    return subprocess.Popen(
+        [sys.executable, "-P", __file__, str(scratch), words],
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
+        env={**os.environ, **ENVIRONMENT, "TMPDIR": str(scratch), **env},
+    )
 
 
 def _supervise(scratch: str, commands: list[list[str]]) -> int:
-    """Run the commands until one fails, all are done, or an end is asked for; then end all that is left."""
+    """Run the commands until one fails, all are done, or an end is asked for; then end all that is
+    left.
+    """
     owner, prctl, told, running, code = os.getppid(), ctypes.CDLL(None).prctl, [], {}, None
     signal.signal(signal.SIGTERM, lambda *_: told.append(True))
     prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:
         for command in commands:
-            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True,
-                                     preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM))
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM),
+            )
             running[child.pid] = child
         while code is None:
             gone = told or select.select([0], [], [], 0)[0] or os.getppid() != owner
@@ -224,7 +295,9 @@ def _supervise(scratch: str, commands: list[list[str]]) -> int:
 
 
 def _reap() -> dict[int, int]:
-    """Exit codes, by process id, of the children that have ended; minus the signal's number for a killed one."""
+    """Exit codes, by process id, of the children that have ended; minus the signal's number for a
+    killed one.
+    """
     ended = {}
     with contextlib.suppress(ChildProcessError):
         while (found := os.waitpid(-1, os.WNOHANG))[0]:
@@ -234,7 +307,9 @@ def _reap() -> dict[int, int]:
 
 def _end_descendants() -> None:
     begun, asked = time.monotonic(), set()
-    while (left := psutil.Process().children(recursive=True)) and time.monotonic() - begun < 3 * GRACE_S:
+    while (
+        left := psutil.Process().children(recursive=True)
+    ) and time.monotonic() - begun < 3 * GRACE_S:
         for process in left:
             with contextlib.suppress(psutil.Error):
                 if time.monotonic() - begun > GRACE_S:

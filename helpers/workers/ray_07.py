@@ -1,4 +1,4 @@
-"""Ray Serve LLM with its replicas, for lesson 07: `python replicas.py JOB.json`."""
+"""Ray Serve LLM with its replicas, for lesson 07: `python ray_07.py JOB.json`."""
 
 import json
 import sys
@@ -14,11 +14,21 @@ from ray.serve.llm import LLMConfig, build_openai_app
 def deploy(job: dict) -> None:
     """A cluster of this machine, an HTTP server on loopback, and behind it copies of vLLM."""
     ray.init(num_cpus=job["cores"], include_dashboard=False, log_to_driver=False)
-    engine = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True, "distributed_executor_backend": "mp"}
+    engine = {
+        "dtype": "float32",
+        "max_model_len": 256,
+        "enforce_eager": True,
+        "distributed_executor_backend": "mp",
+    }
     model = {"model_id": "lesson", "model_source": job["model"]}
     cpu = {"accelerator_type": None, "placement_group_config": {"bundles": [{"CPU": 1}]}}
-    config = LLMConfig(model_loading_config=model, engine_kwargs=engine, deployment_config={"num_replicas": 1},
-                       log_engine_metrics=False, **(cpu if job["place"] == "cpu" else {}))
+    config = LLMConfig(
+        model_loading_config=model,
+        engine_kwargs=engine,
+        deployment_config={"num_replicas": 1},
+        log_engine_metrics=False,
+        **(cpu if job["place"] == "cpu" else {}),
+    )
     serve.start(http_options={"host": "127.0.0.1", "port": job["port"]})
     serve.run(build_openai_app({"llm_configs": [config]}))
 
@@ -26,10 +36,18 @@ def deploy(job: dict) -> None:
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     deploy(job)
-    body = {"model": "lesson", "prompt": job["text"], "max_tokens": job["new_tokens"], "temperature": 0,
-            "ignore_eos": True}
-    request = urllib.request.Request(f"http://127.0.0.1:{job['port']}/v1/completions", json.dumps(body).encode(),
-                                     {"Content-Type": "application/json"})
+    body = {
+        "model": "lesson",
+        "prompt": job["text"],
+        "max_tokens": job["new_tokens"],
+        "temperature": 0,
+        "ignore_eos": True,
+    }
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{job['port']}/v1/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
     taken = []
     for _ in range(job["warmup"] + job["repeats"]):
         start = time.perf_counter()

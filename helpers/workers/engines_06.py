@@ -1,10 +1,11 @@
 """Engines that batch continuously, each in a process of its own, for lesson 06: asleep until asked.
 
-    python batch_engines.py openvino FILE.gguf THREADS SLOTS TOKENS
-    python batch_engines.py llamacpp FILE.gguf THREADS SLOTS TOKENS
+    python engines_06.py openvino FILE.gguf THREADS SLOTS TOKENS
+    python engines_06.py llamacpp FILE.gguf THREADS SLOTS TOKENS
 
-A request is a line on its input, [prompts, lengths]; the answer is a line of JSON. It ends with its input. `Worker` is
-the other end. vLLM as it comes, for comparison, is run once: `python batch_engines.py vllm JOB.json`.
+A request is a line on its input, [prompts, lengths]; the answer is a line of JSON. It ends with its
+input. `engines_06_client.py` is the other end. vLLM as it comes, for comparison, is run once:
+`python engines_06.py vllm JOB.json`.
 """
 
 import http.client
@@ -17,24 +18,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from asleep import Process
-
-SETTLE_S = 0.3  # time for other engines' threads to fall asleep, before a run and not in it
-
-
-class Worker(Process):
-    """An engine in a process of its own; called, it gives each request's tokens, start, first and last token.
-
-    Raises NotImplementedError (see `Process`).
-    """
-
-    def __init__(self, *arguments):
-        super().__init__(__file__, *arguments)
-        self.precision = self.ready
-
-    def __call__(self, prompts: list[list[int]], lengths: list[int]) -> list[list]:
-        return self.ask([prompts, lengths])
-
 
 def openvino(path: str, threads: int, slots: int, tokens: int) -> tuple[Callable, str]:
     """OpenVINO GenAI with its scheduler, stepped by hand; and the precision that it chose."""
@@ -44,13 +27,25 @@ def openvino(path: str, threads: int, slots: int, tokens: int) -> tuple[Callable
 
     scheduler = engine.SchedulerConfig()
     scheduler.max_num_seqs, scheduler.enable_prefix_caching, scheduler.cache_size = slots, False, 1
-    pipe = engine.ContinuousBatchingPipeline(path, scheduler, "CPU", {"INFERENCE_NUM_THREADS": threads})
+    pipe = engine.ContinuousBatchingPipeline(
+        path, scheduler, "CPU", {"INFERENCE_NUM_THREADS": threads}
+    )
 
     def generate(prompts: list[list[int]], lengths: list[int]) -> list[list]:
         start = time.perf_counter()
-        handles = [pipe.add_request(i, openvino.Tensor(numpy.array([prompt])), engine.GenerationConfig(
-            max_new_tokens=length, ignore_eos=True, do_sample=False, apply_chat_template=False))
-            for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))]
+        handles = [
+            pipe.add_request(
+                i,
+                openvino.Tensor(numpy.array([prompt])),
+                engine.GenerationConfig(
+                    max_new_tokens=length,
+                    ignore_eos=True,
+                    do_sample=False,
+                    apply_chat_template=False,
+                ),
+            )
+            for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
+        ]
         found = [[[], 0.0, 0.0, 0.0] for _ in handles]
         while pipe.has_non_finished_requests():
             begun = time.perf_counter() - start
@@ -63,13 +58,17 @@ def openvino(path: str, threads: int, slots: int, tokens: int) -> tuple[Callable
                     answer[0], answer[3] = answer[0] + new, now
         return found
 
-    number, cache = (openvino.Core().get_property("CPU", f"{name}_PRECISION{hint}").get_type_name()
-                     for name, hint in (("INFERENCE", "_HINT"), ("KV_CACHE", "")))
+    number, cache = (
+        openvino.Core().get_property("CPU", f"{name}_PRECISION{hint}").get_type_name()
+        for name, hint in (("INFERENCE", "_HINT"), ("KV_CACHE", ""))
+    )
     return generate, f"Q4_1 weights, {number}, KV cache {cache}"
 
 
 def llamacpp(path: str, threads: int, slots: int, tokens: int) -> tuple[Callable, str]:
-    """llama.cpp's server with as many slots, asked over loopback, all requests at once; and its precision."""
+    """llama.cpp's server with as many slots, asked over loopback, all requests at once; and its
+    precision.
+    """
     import xllamacpp as engine
 
     key, params = secrets.token_urlsafe(24), engine.CommonParams()
@@ -80,11 +79,23 @@ def llamacpp(path: str, threads: int, slots: int, tokens: int) -> tuple[Callable
     server = engine.Server(params)
 
     def one(prompt: list[int], length: int, start: float) -> list:
-        body = {"prompt": prompt, "n_predict": length, "temperature": 0, "cache_prompt": False, "ignore_eos": True,
-                "return_tokens": True}
-        connection = http.client.HTTPConnection(server.listening_address.split("//")[-1].rstrip("/"), timeout=600)
-        connection.request("POST", "/completion", json.dumps(body), {"Authorization": f"Bearer {key}",
-                                                                     "Content-Type": "application/json"})
+        body = {
+            "prompt": prompt,
+            "n_predict": length,
+            "temperature": 0,
+            "cache_prompt": False,
+            "ignore_eos": True,
+            "return_tokens": True,
+        }
+        connection = http.client.HTTPConnection(
+            server.listening_address.split("//")[-1].rstrip("/"), timeout=600
+        )
+        connection.request(
+            "POST",
+            "/completion",
+            json.dumps(body),
+            {"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
+        )
         said = json.loads(connection.getresponse().read())
         end, own = time.perf_counter() - start, said["timings"]
         first = end - own["predicted_ms"] / 1e3
@@ -99,12 +110,16 @@ def llamacpp(path: str, threads: int, slots: int, tokens: int) -> tuple[Callable
 
 
 def vllm(job: str) -> None:
-    """vLLM with its own settings for processes and cores: seconds of each of some equal batches, left in a file."""
+    """vLLM with its own settings for processes and cores: seconds of each of some equal batches,
+    left in a file.
+    """
     from vllm import LLM, SamplingParams
 
     told = json.loads(Path(job).read_text())
     llm = LLM(told["model"], **told["options"])
-    wanted = SamplingParams(temperature=0, max_tokens=told["new_tokens"], ignore_eos=True, detokenize=False)
+    wanted = SamplingParams(
+        temperature=0, max_tokens=told["new_tokens"], ignore_eos=True, detokenize=False
+    )
     taken = []
     for _ in range(told["repeats"] + 1):  # the first warms up
         start = time.perf_counter()
@@ -118,7 +133,9 @@ def main(engine: str, *words: str) -> None:
         return vllm(*words)
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # the engine's own lines go elsewhere
-    generate, precision = {"openvino": openvino, "llamacpp": llamacpp}[engine](words[0], *map(int, words[1:]))
+    generate, precision = {"openvino": openvino, "llamacpp": llamacpp}[engine](
+        words[0], *map(int, words[1:])
+    )
     print(json.dumps(precision), file=out, flush=True)
     for line in sys.stdin:
         print(json.dumps(generate(*json.loads(line))), file=out, flush=True)

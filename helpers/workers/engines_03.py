@@ -1,9 +1,11 @@
-"""An engine in a process of its own, for lesson 03: asleep until asked, it generates and stamps every token.
+"""An engine in a process of its own, for lesson 03: asleep until asked, it generates and stamps
+every token.
 
-    python engine_stamps.py llamacpp FILE.gguf THREADS TOKENS [CACHE_BITS]
-    python engine_stamps.py openvino FILE.gguf THREADS
+    python engines_03.py llamacpp FILE.gguf THREADS TOKENS [CACHE_BITS]
+    python engines_03.py openvino FILE.gguf THREADS
 
-A request is a line on its input, [prompt ids, new tokens]; the answer is a line of JSON. It ends with its input.
+A request is a line on its input, [prompt ids, new tokens]; the answer is a line of JSON. It ends
+with its input.
 """
 
 import json
@@ -20,11 +22,12 @@ def status(field: str) -> int:
 
 
 def llamacpp(path: str, threads: int, tokens: int, cache_bits: int = 16) -> tuple[Callable, dict]:
-    """A function that generates with llama.cpp, greedily and without its prompt cache; and what is known of it.
+    """A function that generates with llama.cpp, greedily and without its prompt cache; and what is
+    known of it.
 
     tokens : the longest text, prompt included.
-    cache_bits : 16 for keys and values as llama.cpp has them; 32 is exact, and slow, since its attention on CPUs is
-        made for 16.
+    cache_bits : 16 for keys and values as llama.cpp has them; 32 is exact, and slow, since its
+        attention on CPUs is made for 16.
     """
     import xllamacpp as engine
 
@@ -39,17 +42,35 @@ def llamacpp(path: str, threads: int, tokens: int, cache_bits: int = 16) -> tupl
     server = engine.Server(params)
 
     def generate(prompt: list[int], new_tokens: int) -> dict:
-        request = {"prompt": prompt, "n_predict": new_tokens, "temperature": 0, "cache_prompt": False, "stream": True}
+        request = {
+            "prompt": prompt,
+            "n_predict": new_tokens,
+            "temperature": 0,
+            "cache_prompt": False,
+            "stream": True,
+        }
         chunks, start = [], time.perf_counter()
-        server.handle_completions(request, lambda chunk: chunks.append((time.perf_counter() - start, chunk)))
+        server.handle_completions(
+            request, lambda chunk: chunks.append((time.perf_counter() - start, chunk))
+        )
         latency = time.perf_counter() - start
         words = [(t, c["choices"][0]["text"]) for t, c in chunks if c["choices"][0]["text"]]
-        ids = [int(i) for i in "".join(text for _, text in words)[1:-1].split("><")]  # a word is "<id>"
+        ids = [
+            int(i) for i in "".join(text for _, text in words)[1:-1].split("><")
+        ]  # a word is "<id>"
         own = chunks[-1][1]["timings"]
-        return {"latency_s": latency, "stamps_s": [t for t, _ in words], "ids": [ids],
-                "prompt_tokens": own["prompt_n"], "own_tokens_per_s": own["predicted_per_second"]}
+        return {
+            "latency_s": latency,
+            "stamps_s": [t for t, _ in words],
+            "ids": [ids],
+            "prompt_tokens": own["prompt_n"],
+            "own_tokens_per_s": own["predicted_per_second"],
+        }
 
-    return generate, {"before": before, "gpus": sum("GPU" in str(d.get("type", d)) for d in engine.get_device_info())}
+    return generate, {
+        "before": before,
+        "gpus": sum("GPU" in str(d.get("type", d)) for d in engine.get_device_info()),
+    }
 
 
 def openvino(path: str, threads: int) -> tuple[Callable, dict]:
@@ -75,12 +96,17 @@ def openvino(path: str, threads: int) -> tuple[Callable, dict]:
             pass
 
     def generate(prompt: list[int], new_tokens: int) -> dict:
-        config = engine.GenerationConfig(max_new_tokens=new_tokens, ignore_eos=True, do_sample=False,
-                                         apply_chat_template=False)
+        config = engine.GenerationConfig(
+            max_new_tokens=new_tokens, ignore_eos=True, do_sample=False, apply_chat_template=False
+        )
         stamps = Stamps()
         found = pipe.generate(openvino.Tensor(numpy.array([prompt])), config, stamps)
-        return {"latency_s": time.perf_counter() - stamps.start, "stamps_s": stamps.times,
-                "ids": [list(found.tokens[0])], "prompt_tokens": len(prompt)}
+        return {
+            "latency_s": time.perf_counter() - stamps.start,
+            "stamps_s": stamps.times,
+            "ids": [list(found.tokens[0])],
+            "prompt_tokens": len(prompt),
+        }
 
     return generate, {"before": before, "gpus": 0}
 
@@ -92,7 +118,11 @@ def main(engine: str, path: str, *numbers: str) -> None:
     print(json.dumps(known), file=out, flush=True)
     for line in sys.stdin:
         found = generate(*json.loads(line))
-        found |= known | {"peak": status("VmHWM"), "file": status("RssFile"), "anonymous": status("RssAnon")}
+        found |= known | {
+            "peak": status("VmHWM"),
+            "file": status("RssFile"),
+            "anonymous": status("RssAnon"),
+        }
         print(json.dumps(found), file=out, flush=True)
 
 

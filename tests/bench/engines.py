@@ -1,4 +1,5 @@
-"""`make bench`, second part: is the fast engine of lesson 03 as fast as it can be here? Intervals from one run.
+"""`make bench`, second part: is the fast engine of lesson 03 as fast as it can be here? Intervals
+from one run.
 
 1. The best GGUF file in llama.cpp over transformers' float32 (decode).
 2. The lesson's clock over llama.cpp's own count of the same generations: same file, same threads.
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from helpers import limits, machine, memory, models, results, run, timing
+from helpers import limits, machine, memory, models, timing
+from helpers.series import run
 
 PROMPT, NEW_TOKENS, PAIRS = "I am so fast that I can", 50, 6
 
@@ -24,7 +26,6 @@ def decode_s(runs: list[timing.Generation]) -> list[float]:
 
 def measure() -> list[tuple[str, timing.Ratio, float]]:
     """What, its ratio, and the least that it should be."""
-    sys.path.insert(0, str(results.ROOT / "notebooks" / "workers"))
     lesson = run.definitions("03_quantization")
     net, ids = models.load(), models.tokenizer()(PROMPT, return_tensors="pt").input_ids
     bandwidth, own = limits.Bandwidth(), {}
@@ -39,29 +40,52 @@ def measure() -> list[tuple[str, timing.Ratio, float]]:
         try:
             for bits in ("f32", "q8", "q4"):
                 path = Path(folder) / f"{bits}.gguf"
-                codes = lesson["gguf_file"].pack(net, functools.partial(lesson["gguf_type"], bits=bits))
-                lesson["gguf_file"].write(codes, net, path, ids)
+                codes = lesson["gguf_03"].pack(
+                    net, functools.partial(lesson["gguf_type"], bits=bits)
+                )
+                lesson["gguf_03"].write(codes, net, path, ids)
                 memory.touch(path)
-                workers[bits] = lesson["Worker"]("llamacpp", path, machine.cores(), ids.shape[1] + NEW_TOKENS)
-            found = timing.measure({"fp32": lambda: timing.greedy(net, ids, NEW_TOKENS)} | {
-                bits: functools.partial(functools.partial, call, bits) for bits in workers},
-                "fp32", PAIRS, between=bandwidth)
+                workers[bits] = lesson["Worker"](
+                    "llamacpp", path, machine.cores(), ids.shape[1] + NEW_TOKENS
+                )
+            found = timing.measure(
+                {"fp32": lambda: timing.greedy(net, ids, NEW_TOKENS)}
+                | {bits: functools.partial(functools.partial, call, bits) for bits in workers},
+                "fp32",
+                PAIRS,
+                between=bandwidth,
+            )
         finally:
             for worker in workers.values():
                 worker.close()
     runs = {name: decode_s(series.runs) for name, series in found.items()}
     best = max(("q8", "q4"), key=lambda bits: timing.ratio(runs["fp32"], runs[bits]).value)
     cache = memory.kv_cache_bytes(net.config, ids.shape[1] + NEW_TOKENS // 2, bytes_per_number=2)
-    limit_s = [1 / limits.decode_limit(memory.weight_bytes(net), cache, b) for b in bandwidth.samples[-PAIRS:]]
-    return [(f"llama.cpp {best} over transformers float32", timing.ratio(runs["fp32"], runs[best]), 4.0),
-            (f"lesson's clock over llama.cpp's own, {best}", timing.ratio(own[best][-PAIRS:], runs[best]), 0.97),
-            ("llama.cpp f32 over the bandwidth limit", timing.ratio(limit_s, runs["f32"]), 0.6)]
+    limit_s = [
+        1 / limits.decode_limit(memory.weight_bytes(net), cache, b)
+        for b in bandwidth.samples[-PAIRS:]
+    ]
+    return [
+        (
+            f"llama.cpp {best} over transformers float32",
+            timing.ratio(runs["fp32"], runs[best]),
+            4.0,
+        ),
+        (
+            f"lesson's clock over llama.cpp's own, {best}",
+            timing.ratio(own[best][-PAIRS:], runs[best]),
+            0.97,
+        ),
+        ("llama.cpp f32 over the bandwidth limit", timing.ratio(limit_s, runs["f32"]), 0.6),
+    ]
 
 
 if __name__ == "__main__":
     torch.set_grad_enabled(False)
     checks = measure()
     for what, found, least in checks:
-        print(f"{what}: {found.value:.3f} [{found.low:.3f}, {found.high:.3f}]; aim: at least {least:g}, "
-              f"{'met' if found.low >= least else 'missed'}")
+        print(
+            f"{what}: {found.value:.3f} [{found.low:.3f}, {found.high:.3f}]; aim: at least {least:g}, "
+            f"{'met' if found.low >= least else 'missed'}"
+        )
     sys.exit(any(found.low < least for _, found, least in checks))

@@ -1,4 +1,6 @@
-"""`python -m helpers.run`: papermill over all notebooks, progress, a summary table, the stamps of a reference run."""
+"""`python -m helpers.series.run`: papermill over all notebooks, progress, a summary table, the
+stamps of a reference run.
+"""
 
 import argparse
 import ast
@@ -18,16 +20,40 @@ from rich.table import Table
 
 from helpers import machine, results
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 MEASURING = ("timing.py", "memory.py", "quality.py")
 SMOKE = {  # small numbers for a quick run; each notebook takes those that are among its parameters
-    "NEW_TOKENS": 3, "REPEATS": 2, "WARMUP": 0, "EVAL_TOKENS": 48, "PREFILL_TOKENS": 16, "SWEEP_REPEATS": 1,
-    "SWEEP_TOKENS": 60, "PROMPT_LENGTHS": [16, 64], "ORIGINAL_TOKENS": 40, "DEEP_TOKENS": 40,
-    "CALIBRATION_TOKENS": 48, "MIGRATION": [0.5], "GROUP_SIZES": [32], "BATCH_SIZES": [1, 4],
-    "TRAIN_STEPS": 8, "TRAIN_BATCH": 1, "TRAIN_LENGTH": 96, "TASK_STEPS": 3, "FORGET_TOKENS": 40,
-    "SERVE_TOKENS": 8, "SERVE_REQUESTS": 1, "SPARSITY_PERCENT": [30, 50], "TRY_VLLM": False, "TRY_RAY": False,
-    "REQUESTS": 6, "SLOTS": 2, "MEAN_TOKENS": 6, "CAP_TOKENS": 12, "SHARED_TOKENS": 160, "RATES": [2, 8],
+    "NEW_TOKENS": 3,
+    "REPEATS": 2,
+    "WARMUP": 0,
+    "EVAL_TOKENS": 48,
+    "PREFILL_TOKENS": 16,
+    "SWEEP_REPEATS": 1,
+    "SWEEP_TOKENS": 60,
+    "PROMPT_LENGTHS": [16, 64],
+    "ORIGINAL_TOKENS": 40,
+    "DEEP_TOKENS": 40,
+    "CALIBRATION_TOKENS": 48,
+    "MIGRATION": [0.5],
+    "GROUP_SIZES": [32],
+    "BATCH_SIZES": [1, 4],
+    "TRAIN_STEPS": 8,
+    "TRAIN_BATCH": 1,
+    "TRAIN_LENGTH": 96,
+    "TASK_STEPS": 3,
+    "FORGET_TOKENS": 40,
+    "SERVE_TOKENS": 8,
+    "SERVE_REQUESTS": 1,
+    "SPARSITY_PERCENT": [30, 50],
+    "TRY_VLLM": False,
+    "TRY_RAY": False,
+    "REQUESTS": 6,
+    "SLOTS": 2,
+    "MEAN_TOKENS": 6,
+    "CAP_TOKENS": 12,
+    "SHARED_TOKENS": 160,
+    "RATES": [2, 8],
     "LOAD_REQUESTS": 4,
 }
 PROFILES = {"full": {}, "smoke": SMOKE}
@@ -41,7 +67,9 @@ def notebooks(only: list[str] | None = None) -> list[Path]:
     found = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
     for entry in only or []:
         if not any(path.name.startswith(entry) for path in found):
-            raise ValueError(f"--only {entry}: no notebook begins so; there are {', '.join(p.stem for p in found)}.")
+            raise ValueError(
+                f"--only {entry}: no notebook begins so; there are {', '.join(p.stem for p in found)}."
+            )
     return [p for p in found if not only or any(p.name.startswith(entry) for entry in only)]
 
 
@@ -51,23 +79,35 @@ def known_parameters(notebook: Path) -> set[str]:
 
 
 def execute(notebook: Path, out: Path, parameters: dict, progress: bool = False) -> None:
-    """Run one notebook in a kernel of its own, its folder as working directory, into the copy `out`.
+    """Run one notebook in a kernel of its own, its folder as working directory, into the copy
+    `out`.
 
-    Raises papermill's PapermillExecutionError when a cell fails; the copy then holds the outputs so far.
+    Raises papermill's PapermillExecutionError when a cell fails; the copy then holds the outputs so
+    far.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(str(notebook), str(out), parameters=parameters, cwd=str(notebook.parent),
-                               progress_bar=progress, log_output=False)
+    papermill.execute_notebook(
+        str(notebook),
+        str(out),
+        parameters=parameters,
+        cwd=str(notebook.parent),
+        progress_bar=progress,
+        log_output=False,
+    )
 
 
 def definitions(name: str) -> dict:
-    """A notebook's imports, functions, classes and literal constants by name, nothing else run: for tests and bench."""
+    """A notebook's imports, functions, classes and literal constants by name, nothing else run: for
+    tests and bench.
+    """
     found = {"__name__": name}
     for cell in nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells:
         if cell.cell_type != "code" or cell.source.lstrip().startswith("try:\n    import helpers"):
             continue
-        source = "\n".join("pass" if line.lstrip().startswith(("%", "!")) else line
-                           for line in cell.source.splitlines())
+        source = "\n".join(
+            "pass" if line.lstrip().startswith(("%", "!")) else line
+            for line in cell.source.splitlines()
+        )
         keep = [node for node in ast.parse(source).body if _is_definition(node)]
         exec(compile(ast.Module(keep, []), f"{name}.ipynb", "exec"), found)
     return found
@@ -91,11 +131,15 @@ def code_hash(notebook: nbformat.NotebookNode) -> str:
 
 def measuring_hash() -> str:
     """SHA-256 over the measuring helpers (timing, memory, quality)."""
-    return hashlib.sha256(b"\0".join((ROOT / "helpers" / n).read_bytes() for n in MEASURING)).hexdigest()
+    return hashlib.sha256(
+        b"\0".join((ROOT / "helpers" / n).read_bytes() for n in MEASURING)
+    ).hexdigest()
 
 
 def stamp(notebook: Path, executed: Path) -> None:
-    """Put the outputs of an executed copy into the notebook itself, with a stamp that says what produced them."""
+    """Put the outputs of an executed copy into the notebook itself, with a stamp that says what
+    produced them.
+    """
     ours, ran = nbformat.read(notebook, 4), nbformat.read(executed, 4)
     if [c.source for c in ours.cells] != [c.source for c in ran.cells]:
         raise ValueError(f"{notebook.name} is not what was executed: run it again.")
@@ -103,8 +147,12 @@ def stamp(notebook: Path, executed: Path) -> None:
         if cell.cell_type == "code":
             cell.outputs = [_without_ids(o) for o in done.outputs if not _is_noise(o)]
             cell.execution_count = done.execution_count
-    ours.metadata["stamp"] = {"code": code_hash(ours), "measuring": measuring_hash(), "machine": machine.slug(),
-                              "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")}
+    ours.metadata["stamp"] = {
+        "code": code_hash(ours),
+        "measuring": measuring_hash(),
+        "machine": machine.slug(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+    }
     results.write_atomically(notebook, nbformat.writes(ours) + "\n")
 
 
@@ -119,7 +167,9 @@ def _without_ids(output):
 
 
 def parse_parameters(pairs: list[str]) -> dict:
-    """["NAME=value", ...] to a dict, values read as YAML ("8" is a number). Raises ValueError in one sentence."""
+    """["NAME=value", ...] to a dict, values read as YAML ("8" is a number). Raises ValueError in
+    one sentence.
+    """
     found = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
@@ -130,14 +180,22 @@ def parse_parameters(pairs: list[str]) -> dict:
 
 
 def check_parameters(chosen: list[Path], given: dict) -> None:
-    """An unknown parameter is an error (papermill alone only logs it): some chosen notebook must know it."""
+    """An unknown parameter is an error (papermill alone only logs it): some chosen notebook must
+    know it.
+    """
     known = set().union(*(known_parameters(path) for path in chosen))
     if unknown := sorted(set(given) - known):
-        raise ValueError(f"unknown parameter {', '.join(unknown)}; these are known: {', '.join(sorted(known))}.")
+        raise ValueError(
+            f"unknown parameter {', '.join(unknown)}; these are known: {', '.join(sorted(known))}."
+        )
 
 
-def run_all(chosen: list[Path], given: dict, profile: str, out: Path, reference: bool, console: Console) -> int:
-    """Run the notebooks one after the other; a failed one does not stop the others. Returns the number that failed."""
+def run_all(
+    chosen: list[Path], given: dict, profile: str, out: Path, reference: bool, console: Console
+) -> int:
+    """Run the notebooks one after the other; a failed one does not stop the others. Returns the
+    number that failed.
+    """
     rows, failed = [], 0
     for at, notebook in enumerate(chosen, 1):
         known = known_parameters(notebook)
@@ -161,12 +219,20 @@ def run_all(chosen: list[Path], given: dict, profile: str, out: Path, reference:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m helpers.run", description="Run the notebooks on this machine.")
-    parser.add_argument("--only", nargs="+", metavar="NN", help="notebooks whose name begins so: --only 01 03")
-    parser.add_argument("--profile", choices=PROFILES, default="full", help="smoke: small numbers, minutes in all")
+    parser = argparse.ArgumentParser(
+        prog="python -m helpers.series.run", description="Run the notebooks on this machine."
+    )
+    parser.add_argument(
+        "--only", nargs="+", metavar="NN", help="notebooks whose name begins so: --only 01 03"
+    )
+    parser.add_argument(
+        "--profile", choices=PROFILES, default="full", help="smoke: small numbers, minutes in all"
+    )
     parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=value")
     parser.add_argument("--out", type=Path, help="folder of the executed copies (runs/<machine>)")
-    parser.add_argument("--reference", action="store_true", help="write the outputs into notebooks/ and stamp them")
+    parser.add_argument(
+        "--reference", action="store_true", help="write the outputs into notebooks/ and stamp them"
+    )
     asked = parser.parse_args(arguments)
     console = Console()
     try:
@@ -181,7 +247,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     os.environ["SEVEN_PROFILE"] = asked.profile
     out = asked.out or ROOT / "runs" / machine.slug()
-    return 1 if run_all(chosen, given, asked.profile, out.resolve(), asked.reference, console) else 0
+    return (
+        1 if run_all(chosen, given, asked.profile, out.resolve(), asked.reference, console) else 0
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""What a series of notebooks needs around the measuring: run, report, planner, processes."""

@@ -1,0 +1,142 @@
+"""The short answer: which technique for least memory, for one fast stream, for most tokens/s under
+a latency limit.
+
+Measured here, and worked out by the planner for another model on another GPU; nothing is typed.
+"""
+
+import math
+
+import pandas as pd
+
+from helpers.schema import Record
+from helpers.series import planner
+from helpers.series.claims import shares_a_cpu
+
+GB = 1e9
+MEASURED = {
+    "fp16": "fp16",
+    "bf16": "bf16",
+    "int8": "int8",
+    "nf4": "nf4",
+    "nf4-dq": "nf4-dq",
+    "fp4": "fp4",
+    "q8_0": "llamacpp-q8",
+    "q4_1": "llamacpp-q4",
+}  # the planner's techniques: the record that tells their loss
+
+
+def loss(record: Record) -> float | None:
+    """Share of perplexity lost against the baseline it was scored against; 0 for a baseline."""
+    if record.nll_delta is not None:
+        return math.expm1(record.nll_delta)
+    return 0.0 if record.baseline is None and record.perplexity else None
+
+
+def answers(
+    records: list[Record],
+    model: str,
+    gpu: str,
+    max_loss: float,
+    max_token_s: float,
+    length: int = 2048,
+) -> pd.DataFrame:
+    """The short answer to three questions: here (measured), and for a model on a GPU (the planner's
+    best possible).
+
+    max_loss : share of perplexity that may be lost. max_token_s : longest time a token may take.
+        Losses are those measured here: a larger model usually loses less. Raises ValueError for an
+        unknown model or GPU.
+    """
+    asked = (
+        f"least memory, at most {max_loss:.0%} of perplexity lost",
+        "fastest single stream, with the same loss",
+        f"most tokens/s, at most {max_token_s * 1e3:.0f} ms a token",
+    )
+    own = [r for r in records if r.status == "ok" and not shares_a_cpu(r)]
+    good = [
+        r for r in own if r.sweep is None and (lost := loss(r)) is not None and lost <= max_loss
+    ]
+    here = [_least(good), _fastest(good), _most(own, max_token_s)]
+    there = _planned(own, model, gpu, max_loss, max_token_s, length)
+    return pd.DataFrame(
+        {"measured here": here, f"{model} on {gpu}, best possible": there}, index=asked
+    )
+
+
+def _said(record: Record, amount: str) -> str:
+    return f"{record.variant} ({record.engine}): {amount}, {loss(record):+.1%} perplexity"
+
+
+def _least(good: list[Record]) -> str:
+    need = {
+        r.id: (r.peak_bytes - r.resident_before_bytes, r)
+        for r in good
+        if r.peak_bytes and r.world_size == 1
+    }
+    if not need:
+        return "not measured"
+    size, best = min(need.values(), key=lambda found: found[0])
+    return _said(best, f"{size / GB:.2f} GB above start")
+
+
+def _fastest(good: list[Record]) -> str:
+    single = [r for r in good if r.tokens_per_s and r.batch_size == 1]
+    best = max(single, key=lambda r: r.tokens_per_s, default=None)
+    return _said(best, f"{best.tokens_per_s:.0f} tokens/s") if best else "not measured"
+
+
+def _most(own: list[Record], max_token_s: float) -> str:
+    batches = [
+        (r.tokens_per_s, r.batch_size / r.tokens_per_s, r)
+        for r in own
+        if r.sweep == "batch_size" and r.technique == "continuous_batching" and r.tokens_per_s
+    ]
+    batches += [
+        (r.tokens_per_s, r.details["inter_token_p99_s"], r)
+        for r in own
+        if r.sweep == "request_rate"
+        and r.tokens_per_s
+        and r.details.get("inter_token_p99_s")
+        and not r.details.get("failed_requests")
+    ]
+    fitting = [found for found in batches if found[1] <= max_token_s]
+    if not fitting:
+        return "nothing measured is as fast" if batches else "not measured"
+    speed, each, best = max(fitting, key=lambda found: found[0])
+    return f"{best.variant} ({best.engine}): {speed:.0f} tokens/s at {each * 1e3:.0f} ms a token"
+
+
+def _planned(
+    own: list[Record], model: str, gpu: str, max_loss: float, max_token_s: float, length: int
+) -> list[str]:
+    """The planner's side: techniques whose loss was measured here, batches in powers of two, on one
+    GPU.
+    """
+    lost = {technique: loss(r) for technique, name in MEASURED.items() for r in own if r.id == name}
+    lost = {"fp32": 0.0} | {
+        name: share for name, share in lost.items() if share is not None and share <= max_loss
+    }
+    device, shape, found = planner.gpu(gpu), planner.describe(model), []
+    for technique in lost:
+        for batch in (2**n for n in range(11)):
+            work = {"batch": batch, "length": length}
+            need = planner.memory(shape, technique, **work)["total_bytes"]
+            if need + planner.CONTEXT_BYTES <= device.memory_bytes:
+                found.append(
+                    (technique, batch, need, planner.limit(shape, technique, device, **work))
+                )
+    if not found:
+        return [f"nothing fits one {device.name}: see the planner"] * 3
+    least, fast = (
+        min(found, key=lambda f: f[2]),
+        max((f for f in found if f[1] == 1), key=lambda f: f[3]),
+    )
+    most = max((f for f in found if f[1] / f[3] <= max_token_s), key=lambda f: f[3], default=None)
+    return [
+        f"{least[0]}: {least[2] / GB:.1f} GB ± {planner.prediction_error(least[0]):.1%}",
+        f"{fast[0]}: {fast[3]:.0f} tokens/s, {fast[2] / GB:.1f} GB ± {planner.prediction_error(fast[0]):.1%}",
+        f"{most[0]} and batches of {most[1]}: {most[3]:,.0f} tokens/s, {most[2] / GB:.1f} GB ± "
+        f"{planner.prediction_error(most[0]):.1%}"
+        if most
+        else "nothing is as fast",
+    ]

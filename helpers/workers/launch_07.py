@@ -1,0 +1,202 @@
+"""Lesson 07's launches, all under `processes.run`: a job in a file, a command that is given it,
+what each rank found.
+"""
+
+import ast
+import dataclasses
+import json
+import os
+import re
+import secrets
+import sys
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+
+from helpers import machine, memory, quality, results, timing
+from helpers.series import processes
+
+WORKERS = Path(__file__).parent
+RANKS = {
+    "PYTHONPATH": str(results.ROOT),
+    "GLOO_SOCKET_IFNAME": "lo",
+    "MASTER_ADDR": "127.0.0.1",
+    "PYTHONWARNINGS": "ignore",
+    "HF_HUB_OFFLINE": "1",
+}
+ENGINES = {
+    **RANKS,
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    # to ask its workers how many bytes of weights they hold
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+@dataclasses.dataclass
+class Jobs:
+    """What all launches of a lesson share. `model` is a folder or a name, `place` "cpu" or "cuda"."""
+
+    model: str
+    text: str
+    prompt: list[int]
+    windows: list[list[int]]
+    new_tokens: int
+    warmup: int
+    repeats: int
+    place: str
+    wait_s: float
+    limit_s: float
+    folder: str
+
+    def write(self, name: str, **more) -> Path:
+        """The job's file: everything that a worker has to know."""
+        path = Path(self.folder, f"{name}.json")
+        path.write_text(json.dumps({**dataclasses.asdict(self), "name": name, **more}))
+        return path
+
+    def read(self, name: str, ranks: int = 1) -> list[dict]:
+        """What each rank found."""
+        return [
+            json.loads(Path(self.folder, f"{name}-{rank}.json").read_text())
+            for rank in range(ranks)
+        ]
+
+    def torchrun(
+        self, name: str, strategy: str, nodes: tuple, shown: bool = True, **more
+    ) -> list[dict]:
+        """Run one job on so many ranks on each node; several nodes have an agent each, which meet
+        at one address.
+        """
+        ranks, place = sum(nodes), f"127.0.0.1:{processes.free_port()}"
+        threads = max(1, machine.cores() // ranks)  # all ranks together have this machine's cores
+        meeting = (
+            [
+                "--nnodes",
+                str(len(nodes)),
+                "--rdzv-backend",
+                "c10d",
+                "--rdzv-endpoint",
+                place,
+                "--local-addr",
+                "127.0.0.1",
+            ]
+            if len(nodes) > 1
+            else ["--standalone"]
+        )
+        script = [
+            WORKERS / "ranks_07.py",
+            self.write(name, strategy=strategy, ranks=ranks, threads=threads, **more),
+        ]
+        commands = [
+            [*meeting, "--nproc-per-node", str(count), "--tee", "3", *script] for count in nodes
+        ]
+        for command in commands if shown else []:
+            print("torchrun", *(word.name if isinstance(word, Path) else word for word in command))
+        processes.run(
+            *([sys.executable, "-m", "torch.distributed.run", *command] for command in commands),
+            timeout_s=self.limit_s,
+            env={**RANKS, "OMP_NUM_THREADS": str(threads)},
+            on_line=lambda line: (
+                print(line) if shown and re.match(r"\[rank\d+\]: [\d.]+ ", line) else None
+            ),
+        )
+        return self.read(name, ranks)
+
+    def vllm(self, name: str, ranks: int, executor: str, **more) -> list[dict]:
+        """Run vLLM on so many ranks, its scheduler in the script itself; a CPU's cores are shared
+        out by name.
+        """
+        cores = sorted(os.sched_getaffinity(0))
+        bind = (
+            "|".join(str(cores[n % len(cores)]) for n in range(ranks))
+            if ranks > 1
+            else ",".join(map(str, cores))
+        )
+        job = self.write(name, ranks=ranks, executor=executor, **more)
+        processes.run(
+            [sys.executable, WORKERS / "vllm_07.py", job],
+            timeout_s=self.limit_s,
+            env={
+                **ENGINES,
+                "VLLM_CPU_OMP_THREADS_BIND": bind,
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+                "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            },
+            on_line=lambda line: print(f"{name} {line}") if line.startswith("[rank") else None,
+        )
+        return self.read(name)
+
+    def ray_serve(self, name: str) -> dict:
+        """Start a Ray cluster of this machine with a served model, ask it, end it."""
+        job = self.write(name, port=processes.free_port(), cores=max(4, machine.cores()))
+        processes.run(
+            [sys.executable, WORKERS / "ray_07.py", job],
+            timeout_s=self.limit_s,
+            on_line=lambda line: None,
+            env={
+                **ENGINES,
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            },
+        )
+        return self.read(name)[0]
+
+
+def held_bytes(model) -> int:
+    """Bytes of weights that a vLLM worker holds; on a CPU a packed matrix is out of sight, its
+    sizes are not.
+    """
+    packed = [
+        m
+        for m in model.modules()
+        if hasattr(m, "input_size_per_partition") and not m.weight.numel()
+    ]
+    sizes = (
+        m.input_size_per_partition * m.output_size_per_partition * m.weight.itemsize for m in packed
+    )
+    return memory.weight_bytes(model) + sum(sizes)
+
+
+def reason(error: processes.ServingError) -> str:
+    """The first error that a failed launch named, without paths; else how the launch ended."""
+    cause = re.search(r"\w*(?:Error|Exception): ([^\n]+)", str(error))
+    return (
+        re.sub(r"/\S+/", "", cause[1] if cause else str(error).splitlines()[0]).strip().rstrip(".")
+    )
+
+
+def series(runs: list[dict], warmup: int) -> timing.Series:
+    """A worker's runs as `timing.measure` would give them."""
+    made = [timing.Generation(**run) for run in runs]
+    return timing.Series(made[:warmup], made[warmup:])
+
+
+def scored(mine: dict, whole: dict, seq_len: int) -> quality.Quality:
+    """What a rank scored; against one process, unless it is that: paired by window, Student's t as
+    in `quality`.
+    """
+    found = quality.Quality(np.array(mine["nll"]), len(mine["best"]), seq_len)
+    if mine is not whole:
+        change, windows = np.subtract(mine["nll"], whole["nll"]), len(mine["nll"])
+        found.nll_delta, found.agreement = (
+            float(change.mean()),
+            float(np.mean(np.equal(mine["best"], whole["best"]))),
+        )
+        if windows > 1:
+            half = float(change.std(ddof=1) / windows**0.5 * scipy.stats.t.ppf(0.975, windows - 1))
+            found.nll_delta_ci95 = (found.nll_delta - half, found.nll_delta + half)
+    return found
+
+
+def source(script: str, function: str) -> str:
+    """A function of a worker script as it is written, without importing what the script imports."""
+    text = (WORKERS / script).read_text()
+    found = next(
+        n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef) and n.name == function
+    )
+    return ast.get_source_segment(text, found) + "\n"
