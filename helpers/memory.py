@@ -1,8 +1,12 @@
-"""Peak memory, weight bytes, KV-cache bytes. Bytes everywhere; GB (1e9) only when shown."""
+"""Peak memory, weight bytes, KV-cache bytes. Bytes everywhere; GB (1e9) only when shown.
+
+Needs nothing else of this project: copy it into yours.
+"""
 
 import contextlib
 import ctypes
 import dataclasses
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,29 +14,39 @@ from pathlib import Path
 import psutil
 import torch
 
-from helpers import models
+M_MMAP_THRESHOLD = -3  # <malloc.h>
+MADV_PAGEOUT = 21  # <linux/mman.h>
 
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
     """Memory of one pass, in bytes.
 
-    kind : "cuda max_memory_allocated", or "process VmHWM" (peak resident set of this process).
+    Attributes
+    ----------
     resident_before_bytes : what was taken before the variant was loaded.
-    details : load_peak_bytes, the peak while loading; CUDA: reserved_bytes and process_gpu_bytes
-        (NVML); CPU: anonymous_bytes and file_bytes, the resident set at the end by origin.
+    peak_bytes : the highest while it ran.
+    load_peak_bytes : the highest while it was loaded. What needs more on its way in cannot be
+        hosted on less.
+    kind : "cuda max_memory_allocated" (all devices summed), or "process VmHWM" (peak resident set
+        of this process).
+    details : CUDA: reserved_bytes, and process_gpu_bytes by NVML; CPU: anonymous_bytes and
+        file_bytes, the resident set at the end by origin.
     """
 
     resident_before_bytes: int
     peak_bytes: int
+    load_peak_bytes: int | None
     kind: str
-    details: dict[str, int]
+    details: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
-def _status(field: str, pid: int | str = "self") -> int:
-    """A field of /proc/PID/status in bytes ("VmHWM": peak resident set, "VmRSS", "RssAnon",
-    "RssFile").
-    """
+def is_cuda(device: str | torch.device) -> bool:
+    return torch.device(device).type == "cuda"
+
+
+def status_bytes(field: str, pid: int | str = "self") -> int:
+    """A field of /proc/PID/status in bytes ("VmHWM": peak resident set, "VmRSS", "RssAnon")."""
     for row in Path(f"/proc/{pid}/status").read_text().splitlines():
         if row.startswith(field + ":"):
             return int(row.split()[1]) * 1024
@@ -40,209 +54,260 @@ def _status(field: str, pid: int | str = "self") -> int:
 
 
 def resident_bytes(device: str = "cpu") -> int:
-    """What is taken now: the process's resident set, or CUDA memory allocated by PyTorch."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return _status("VmRSS")
+    """What is taken now: this process's resident set, or what PyTorch allocated on all GPUs."""
+    if is_cuda(device):
+        return sum(map(torch.cuda.memory_allocated, range(torch.cuda.device_count())))
+    return status_bytes("VmRSS")
 
 
 def reset_peak(device: str = "cpu") -> None:
-    """Start a new peak at what is resident now (Linux: 5 to /proc/self/clear_refs resets VmHWM)."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    """Start a new peak at what is taken now (Linux: 5 to /proc/self/clear_refs resets VmHWM)."""
+    if is_cuda(device):
+        torch.cuda.init()
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(index)
     else:
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_bytes(device: str = "cpu") -> int:
-    """The peak since `reset_peak`: CUDA's max_memory_allocated, or VmHWM, which no sampling can
-    miss.
+    """The peak since `reset_peak`: max_memory_allocated of all GPUs summed, or VmHWM, which no
+    sampling can miss.
     """
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return _status("VmHWM")
+    if is_cuda(device):
+        return sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
+    return status_bytes("VmHWM")
+
+
+def available_bytes(device: str = "cpu") -> int:
+    """Memory that can still be taken.
+
+    CUDA: free memory, and what PyTorch's allocator holds unused. CPU: the system's available
+    memory, or what a container's limit leaves where that is less (cgroup v2, then v1).
+    """
+    if is_cuda(device):
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    available = psutil.virtual_memory().available
+    left_in_container = _container_bytes_left()
+    return available if left_in_container is None else min(available, left_in_container)
+
+
+def _container_bytes_left() -> int | None:
+    """What the memory limit of this process's control group leaves; None where there is none."""
+    folder = Path("/sys/fs/cgroup")
+    for limit, usage in (
+        (folder / "memory.max", folder / "memory.current"),
+        (folder / "memory/memory.limit_in_bytes", folder / "memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max": no limit
+            return max(0, int(limit.read_text()) - int(usage.read_text()))
+    return None
+
+
+def free() -> None:
+    """Collect what is unreachable and give its memory back (`del` your own names first)."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with contextlib.suppress(OSError):  # not glibc: the allocator keeps what it has
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def preloaded_allocator() -> str | None:
+    """The name of an allocator that replaces glibc's (tcmalloc, jemalloc); None for glibc's own.
+
+    It keeps freed memory by rules of its own, so that a peak in this process is an upper bound.
+    """
+    for library in os.environ.get("LD_PRELOAD", "").replace(":", " ").split():
+        if "malloc" in Path(library).name:
+            return Path(library).name
+    return None
 
 
 def _process_gpu_bytes() -> int | None:
-    """This process's share of the GPUs by NVML; None where the driver does not tell (containers,
-    WSL).
+    """This process's share of the GPUs by NVML; None where the driver does not tell it
+    (containers, WSL).
     """
     import pynvml
 
     try:
         pynvml.nvmlInit()
-        shares = [
-            p.usedGpuMemory
-            for i in range(pynvml.nvmlDeviceGetCount())
-            for p in pynvml.nvmlDeviceGetComputeRunningProcesses(
-                pynvml.nvmlDeviceGetHandleByIndex(i)
-            )
-            if p.pid == os.getpid()
-        ]
-        return sum(shares) if shares and None not in shares else None
+        total = 0
+        seen = False
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
+                if process.pid == os.getpid() and process.usedGpuMemory is not None:
+                    total += process.usedGpuMemory
+                    seen = True
     except pynvml.NVMLError:
         return None
+    return total if seen else None
 
 
 @contextlib.contextmanager
 def _every_block_returned():
     """Within it, glibc takes each block of 64 KiB or more from the system by itself, so that freed
     weights go back at once instead of staying in a fragmented heap. Slower: for memory passes only.
-    Elsewhere nothing changes.
     """
     try:
-        mallopt, threshold = ctypes.CDLL("libc.so.6").mallopt, -3  # M_MMAP_THRESHOLD
-    except OSError:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except OSError:  # another C library: nothing changes
         yield
         return
-    mallopt(threshold, 64 * 1024)
+    mallopt(M_MMAP_THRESHOLD, 64 * 1024)
     try:
         yield
     finally:
-        mallopt(threshold, 32 * 1024 * 1024)
+        mallopt(M_MMAP_THRESHOLD, 32 * 1024 * 1024)
 
 
-def _forget_mapped_weights() -> None:
-    """Let go of mapped weight-file pages that only loading has touched (MADV_PAGEOUT): a checkpoint
-    stays mapped as long as one of its tensors is used, and its other pages would count as resident.
-    What a run needs comes back.
+def _forget_mapped_files() -> None:
+    """Let go of mapped pages of large files that only loading has touched.
+
+    A checkpoint stays mapped as long as one of its tensors is used, and its other pages would
+    count as resident. What a run needs comes back. Weight files are known by their size and by
+    not being code, not by their name: in a hub's cache they are called `blobs/<hash>`.
     """
-    libc, pageout = ctypes.CDLL(None, use_errno=True), 21
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
     for row in Path("/proc/self/maps").read_text().splitlines():
-        if row.endswith(".safetensors"):
-            start, end = (int(address, 16) for address in row.split()[0].split("-"))
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), pageout)
+        addresses, permissions, _, _, inode, *path = row.split(maxsplit=5)
+        start, end = (int(address, 16) for address in addresses.split("-"))
+        is_data = inode != "0" and path and "x" not in permissions
+        if is_data and ".so" not in Path(path[0]).name and end - start > 1_000_000:
+            madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_PAGEOUT)
 
 
-def peak_of(
-    factory: Callable[[], Callable], device: str = "cpu", release: Callable[[], None] = lambda: None
-) -> Peak:
-    """Load a variant, run it once, and report the peak of the run: the memory pass, apart from all
-    timing.
+def peak_of(variant, device: str = "cpu", release: Callable[[], object] = lambda: None) -> Peak:
+    """Load a variant, run it once, and report its memory: a pass of its own, apart from timing.
 
-    factory : loads the variant and returns its call, as `timing.measure` takes them. The peak while
-        loading stands apart in the details: a variant that needs more on its way in cannot be
-        hosted on less. Mapped weight files count as resident once the run has touched them.
-    release : drops what the factories loaded; called before and after.
+    Parameters
+    ----------
+    variant : what `timing.measure` takes: `load()` makes what `run(...)` needs. Pages of mapped
+        weight files count as soon as the run has touched them.
+    release : drops what `load` may have cached; called before and after.
+
+    Raises what loading or running raises.
     """
     release()
-    models.free()
+    free()
     before = resident_bytes(device)
     reset_peak(device)
-    with _every_block_returned():
-        call = factory()
-        details = {"load_peak_bytes": peak_bytes(device)}
-        models.free()
-        _forget_mapped_weights()
-        reset_peak(device)
-        call()
-        peak = peak_bytes(device)
-        if torch.device(device).type == "cuda":
-            details |= {"reserved_bytes": torch.cuda.max_memory_reserved(device)}
-            share = _process_gpu_bytes()
-            details |= {} if share is None else {"process_gpu_bytes": share}
-        else:
-            details |= {"anonymous_bytes": _status("RssAnon"), "file_bytes": _status("RssFile")}
+    try:
+        with _every_block_returned():
+            model = variant.load()
+            load_peak = peak_bytes(device)
+            free()
+            if not is_cuda(device):
+                _forget_mapped_files()
+            reset_peak(device)
+            variant.run(model)
+            peak = peak_bytes(device)
+            details = _by_origin(device)
+            del model
+    finally:
         release()
-    kind = "cuda max_memory_allocated" if torch.device(device).type == "cuda" else "process VmHWM"
-    return Peak(before, peak, kind, details)
+        free()
+    kind = "cuda max_memory_allocated" if is_cuda(device) else "process VmHWM"
+    return Peak(before, peak, load_peak, kind, details)
 
 
-def tree_pss(pid: int) -> dict[str, int]:
-    """Proportional set size over a process and all its descendants: shared pages are counted once.
+def _by_origin(device: str) -> dict[str, int]:
+    """What `Peak.details` holds."""
+    if not is_cuda(device):
+        return {
+            "anonymous_bytes": status_bytes("RssAnon"),
+            "file_bytes": status_bytes("RssFile"),
+        }
+    reserved = sum(map(torch.cuda.max_memory_reserved, range(torch.cuda.device_count())))
+    share = _process_gpu_bytes()
+    if share is None:
+        return {"reserved_bytes": reserved}
+    return {"reserved_bytes": reserved, "process_gpu_bytes": share}
 
-    Returns {"pss_bytes", "anonymous_bytes", "file_bytes"} (the last two proportional as well).
-    """
-    root, total = psutil.Process(pid), {"pss_bytes": 0, "anonymous_bytes": 0, "file_bytes": 0}
-    keys = {"Pss:": "pss_bytes", "Pss_Anon:": "anonymous_bytes", "Pss_File:": "file_bytes"}
+
+def tree_pss(pid: int) -> int:
+    """Bytes of a process and all its descendants, shared pages counted once (proportional set)."""
+    root = psutil.Process(pid)
+    total = 0
     for process in [root, *root.children(recursive=True)]:
-        try:
-            rows = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()[1:]
-        except (OSError, psutil.Error):  # ended meanwhile
-            continue
-        for row in rows:
-            name, value, *_ = row.split()
-            if name in keys:
-                total[keys[name]] += int(value) * 1024
+        with contextlib.suppress(psutil.Error):  # ended meanwhile
+            total += process.memory_full_info().pss
     return total
 
 
+def _states(module: torch.nn.Module, name: str, parameter: torch.Tensor) -> dict:
+    """Tensors that a quantized parameter carries beside its codes, by name."""
+    states = {}
+    four_bit = getattr(parameter, "quant_state", None)
+    if four_bit is not None:
+        for key, value in four_bit.as_dict(packed=False).items():
+            states[f"{name}.{key}"] = value
+        # the mean that double quantization takes off the scales
+        states[f"{name}.nested_offset"] = four_bit.offset
+    # LLM.int8's row scales move from the parameter to its layer at the first forward
+    moved = getattr(module, "state", None)
+    states[f"{name}.SCB"] = getattr(parameter, "SCB", None)
+    if states[f"{name}.SCB"] is None:
+        states[f"{name}.SCB"] = getattr(moved, "SCB", None)
+    return {key: value for key, value in states.items() if isinstance(value, torch.Tensor)}
+
+
 def tensors(model) -> dict[str, torch.Tensor]:
-    """Every tensor that holds weights, by name: parameters and the states that quantized ones
+    """Every tensor that holds weights, by name: parameters, and the states that quantized ones
     carry; tied ones once.
     """
-    found, seen = {}, set()
-    for name, tensor in model.named_parameters():
-        state = getattr(tensor, "quant_state", None)
-        extra = (
-            {
-                f"{name}.{key}": value
-                for key, value in state.as_dict(packed=False).items()
-                if isinstance(value, torch.Tensor)
-            }
-            if state is not None
-            else {}
-        )
-        if (
-            state is not None and state.offset is not None
-        ):  # the mean that double quantization takes off the scales
-            extra[f"{name}.nested_offset"] = state.offset
-        moved = getattr(
-            model.get_submodule(name.rpartition(".")[0]), "state", None
-        )  # there after a first forward
-        for scales in (
-            getattr(tensor, "SCB", None),
-            getattr(moved, "SCB", None),
-        ):  # LLM.int8's row scales
-            if isinstance(scales, torch.Tensor):
-                extra[f"{name}.SCB"] = scales
-        for key, value in {name: tensor, **extra}.items():
-            place = (value.data_ptr(), value.nbytes) if value.numel() else key
+    unique, seen = {}, set()
+    for name, parameter in model.named_parameters():
+        module = model.get_submodule(name.rpartition(".")[0])
+        for key, tensor in {name: parameter, **_states(module, name, parameter)}.items():
+            place = (tensor.data_ptr(), tensor.nbytes) if tensor.numel() else key
             if place not in seen:
                 seen.add(place)
-                found[key] = value
-    return found
+                unique[key] = tensor
+    return unique
 
 
 def weight_bytes(model) -> int:
-    """Bytes of all weights, counted tensor by tensor, tied ones once, quantization scales included."""
+    """Bytes of all weights, counted tensor by tensor, tied ones once, quantization scales too."""
     return sum(tensor.nbytes for tensor in tensors(model).values())
+
+
+def kv_heads(config) -> int:
+    """Key/value heads of each layer; one for multi-query attention (Shazeer 2019)."""
+    config = config.get_text_config()
+    old_falcon = not getattr(config, "new_decoder_architecture", False)
+    if getattr(config, "multi_query", False) and old_falcon:
+        return 1
+    for name in ("num_key_value_heads", "num_kv_heads"):
+        if getattr(config, name, None):
+            return getattr(config, name)
+    return config.num_attention_heads
 
 
 def kv_cache_bytes(
     config, tokens: int, batch_size: int = 1, bytes_per_number: int | None = None
 ) -> int:
-    """Bytes of keys and values for `tokens` positions of every sequence: 2 · layers · kv heads ·
-    head size.
+    """Bytes of keys and values: 2 · layers · key/value heads · head size, for each position.
 
+    Parameters
+    ----------
+    tokens : positions of every sequence.
     bytes_per_number : 4 for float32, 2 for 16 bit; by default that of the config's dtype.
-    (Multi-query attention, Shazeer 2019, is the case of one key/value head.)
     """
     config = config.get_text_config()
-    heads = config.num_attention_heads
-    kv = (
-        getattr(config, "num_key_value_heads", None)
-        or getattr(config, "num_kv_heads", None)
-        or heads
-    )
-    if getattr(config, "multi_query", False) and not getattr(
-        config, "new_decoder_architecture", False
-    ):
-        kv = 1
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    width = bytes_per_number or (config.dtype or torch.float32).itemsize
-    return 2 * config.num_hidden_layers * kv * size * tokens * batch_size * width
-
-
-def available_bytes(device: str = "cpu") -> int:
-    """Memory that can still be taken: free CUDA memory, or the system's available memory."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    head_size = getattr(config, "head_dim", None)
+    if head_size is None:
+        head_size = config.hidden_size // config.num_attention_heads
+    if bytes_per_number is None:
+        bytes_per_number = (config.dtype or torch.float32).itemsize
+    per_position = 2 * config.num_hidden_layers * kv_heads(config) * head_size
+    return per_position * tokens * batch_size * bytes_per_number
 
 
 def touch(path: Path) -> None:
-    """Read a file once so that its pages are in the page cache before a measurement."""
+    """Read a file once, so that its pages are in the page cache before a measurement."""
     with Path(path).open("rb", buffering=0) as file:
         while file.read(1 << 24):
             pass

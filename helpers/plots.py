@@ -1,424 +1,463 @@
-"""Every chart. Each takes a frame of records (`results.frame`) and a title, and returns a figure,
-one column wide; where a column `machine` names several, each has a panel of its own
-(`looks.chart`).
+"""Charts in the house style, and their files for write-ups.
+
+A chart is drawn from a frame of records (`results.frame`), one column of a paper wide. Colours and
+markers come from a palette in the order in which techniques appear (`styled`). Where a column
+`machine` names several machines or models, each has a panel of its own (`panels`): two of them
+never share an axis. Charts are drawn for light paper; `save` makes the dark pictures from them.
 """
 
+import io
+from pathlib import Path
+
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from adjustText import adjust_text
-from matplotlib.ticker import MaxNLocator
+from matplotlib import rc_params_from_file
+from matplotlib.colors import to_rgba_array
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from pandas import DataFrame
+from PIL import Image
 
-from helpers import looks
-from helpers.curves import batching, fit, ranks, throughput_latency
-from helpers.looks import (
-    COLOURS,
-    FACTOR,
-    MARKERS,
-    PERCENT,
-    Nothing,
-    chart,
-    headline,
-    preview,
-    save,
-    use_style,
-)
-
-__all__ = [
-    "COLOURS",
-    "FACTOR",
-    "MARKERS",
-    "PERCENT",
-    "Nothing",
-    "batching",
-    "fit",
-    "headline",
-    "preview",
-    "ranks",
-    "save",
-    "throughput_latency",
-    "use_style",
+STYLE = Path(__file__).with_name("house.mplstyle")
+PALETTE = rc_params_from_file(STYLE, use_default_template=False)["axes.prop_cycle"].by_key()[
+    "color"
 ]
-FACTORS = [
-    "bits, in one engine",
-    "engine, at the same bits",
-    "scheduler, in one engine",
-    "engine × scheduler",
-]
-BASES = ("fp32", "dense")  # what published ratios are taken against
-SAME = {"block-20": "structured-20"}  # another name for as much removed in the same way
-METRICS = {
-    "tokens_per_s": ("speed", 1),
-    "latency": ("speed", -1),
-    "peak_memory": ("memory", 1),
-    "perplexity": ("perplexity", 1),
-}  # of published rows: what they are drawn as, and the exponent
+MARKERS = "osD^vPX<>ph"
+COLUMN = 3.5  # inches: one of a paper's two columns
+DARK_PAPER, DARK_INK = to_rgba_array(["#0d1117", "#e6edf3"])
+SMALL = {"fontsize": 6}
+GREY = "0.35"
+FACTOR = FuncFormatter(lambda value, _: f"{value:g}×")
+GIGABYTES = FuncFormatter(lambda value, _: f"{value / 1e9:g}")
+PERCENT = FuncFormatter(lambda value, _: f"{value:.0%}")
+PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
+NUMBERS = ["tokens_per_s", "decode_tokens_per_s", "speedup", "perplexity", "weight_bytes"]
+NUMBERS += ["kv_cache_bytes"]
+RAW = ["warmup_s", "latency_s", "ttft_s", "inter_token_s", "busy_share", "pairs", "affinity"]
+SWEEPS = {"batch_size": 1, "request_rate": 3}  # of `throughput_latency`: how many axes each takes
 
 
-def _compared(frame: pd.DataFrame) -> pd.DataFrame:
+class NoData(ValueError):
+    """No record has what a chart shows."""
+
+
+def use_style() -> None:
+    """Switch the house style on."""
+    plt.style.use(STYLE)
+
+
+# ---- rows
+
+
+def styled(frame: DataFrame) -> DataFrame:
+    """The frame with columns `colour` and `marker`, by the order in which techniques appear."""
+    if "colour" in frame:
+        return frame
+    numbers, _ = pd.factorize(frame.technique)
+    colours = [PALETTE[number % len(PALETTE)] for number in numbers]
+    markers = [MARKERS[number % len(MARKERS)] for number in numbers]
+    floats = frame.astype(dict.fromkeys(NUMBERS, float))  # None alone is no number to pandas
+    return floats.assign(colour=colours, marker=markers)
+
+
+def headline(frame: DataFrame) -> DataFrame:
+    """The rows that belong in a headline chart (see `results.frame`)."""
+    return frame[frame.headline]
+
+
+def having(frame: DataFrame, *columns: str) -> DataFrame:
+    """Headline rows of the techniques of which at least one row has one of these values."""
+    rows = headline(frame)
+    measured = rows[list(columns)].notna().any(axis=1)
+    return rows[rows.technique.isin(rows.technique[measured])]
+
+
+def compared(frame: DataFrame) -> DataFrame:
     """Headline rows compared within one engine, and the baselines that they name."""
-    frame = frame[frame["headline"] & frame["same_engine"]]
-    named = set(zip(frame["technique"], frame["baseline"], strict=True))
-    used = np.array(
-        [pair in named for pair in zip(frame["technique"], frame["id"], strict=True)], dtype=bool
-    )
-    return frame[frame["baseline"].notna() | used]
+    rows = frame[frame.headline & frame.same_engine]
+    baselines = pd.MultiIndex.from_frame(rows[["technique", "baseline"]])
+    names = pd.MultiIndex.from_frame(rows[["technique", "id"]])
+    return rows[rows.baseline.notna() | names.isin(baselines)]
 
 
-def _clear(ax) -> dict:
-    """A label's own ground, so that no line runs through it."""
-    return {"bbox": {"fc": ax.get_facecolor(), "ec": "none", "pad": 0.3}}
+def swept(frame: DataFrame) -> DataFrame:
+    """What `throughput_latency` draws: sweeps over batch sizes and over rates of requests."""
+    return frame[frame.sweep.isin(SWEEPS) & (frame.status == "ok")]
 
 
-@chart("Speed against the baseline of the same run", _compared, looks.tall)
-def speedup(fig, frame):
+def detail(frame: DataFrame, name: str) -> pd.Series:
+    """One of the numbers that only a technique has; NaN where a row has none."""
+    values = [details.get(name) for details in frame.details]
+    return pd.Series(values, frame.index, dtype=float)
+
+
+def with_bits(frame: DataFrame) -> DataFrame:
+    """Names that say so where an engine reads 4-bit weights beside others that do not."""
+    four = frame["dtype"].fillna("").str.startswith("Q4")
+    return frame.assign(variant=frame.variant.mask(four, frame.variant + " · 4-bit"))
+
+
+# ---- parts of a chart
+
+
+def height(rows: DataFrame, by: str = "technique") -> float:
+    """Inches that rows take, one below the other, each group under a heading."""
+    return 0.75 + 0.19 * len(rows) + 0.27 * rows[by].nunique()
+
+
+def panels(drawn: DataFrame, title: str, inches=height) -> tuple[Figure, list]:
+    """A figure with a panel for each machine in `drawn`.
+
+    inches : of a panel, from its rows.
+
+    Returns the figure and (panel, rows) for each; of no rows, a figure that says so and no panel.
+    """
+    if drawn.empty:
+        figure = plt.figure(figsize=(COLUMN, 0.5))
+        figure.suptitle(f"{title}: no record to draw", x=0.01, ha="left")
+        return figure, []
+    parts = {"": drawn}
+    if "machine" in drawn:
+        parts = dict(list(drawn.groupby("machine", sort=False)))
+    heights = list(map(inches, parts.values()))
+    figure = plt.figure(figsize=(COLUMN, sum(heights)))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=8, weight="bold")
+    if len(parts) == 1:
+        return figure, [(figure, drawn)]
+    subfigures = figure.subfigures(len(parts), height_ratios=heights)
+    for panel, machine in zip(subfigures, parts, strict=True):
+        panel.suptitle(machine, x=0.01, ha="left", style="italic", **SMALL)
+    return figure, list(zip(subfigures, parts.values(), strict=True))
+
+
+def label(axis, text: str, x, y, offset: tuple = (4, 0), **look) -> None:
+    """A small text beside a point of the data, `offset` points from it."""
+    look = {"va": "center"} | SMALL | look
+    axis.annotate(text, (x, y), offset, textcoords="offset points", **look)
+
+
+def title_of(technique: str) -> str:
+    return technique.replace("_", " ").replace("gpus", "GPUs")
+
+
+def name_rows(axis, rows: DataFrame, by: str = "technique") -> np.ndarray:
+    """Name the rows from top to bottom, groups under a heading; returns where each row stands."""
+    look = {"weight": "bold", "bbox": {"fc": "white", "ec": "none", "pad": 0.5}, "fontsize": 7}
+    y, at = [], 0.0
+    for name, group in rows.groupby(by, sort=False):
+        if rows[by].nunique() > 1:
+            label(axis, title_of(name), 0, at, xycoords=("axes fraction", "data"), **look)
+            at += 1
+        y += list(at + np.arange(len(group)))
+        at += len(group) + 0.4
+    axis.set_yticks(y, rows.variant)
+    axis.set_ylim(at - 0.6, -0.7)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(axis="y", visible=False)
+    return np.array(y)
+
+
+def name_failures(axis, rows: DataFrame, y: np.ndarray, column: str, side: str) -> None:
+    """What has no value is said in its row, "left" or "right" in it, never left out."""
+    place, offset = {"left": (0, (4, 0)), "right": (1, (-2, 0))}[side]
+    look = {"xycoords": ("axes fraction", "data"), "ha": side, "style": "italic", "color": GREY}
+    for at, value, status in zip(y, rows[column], rows.status, strict=True):
+        if pd.isna(value):
+            why = "not measured" if status == "ok" else status
+            label(axis, why, place, at, offset, **look)
+
+
+def bars(
+    axis, rows: DataFrame, column: str, form: str, xlabel: str, side: str = "left"
+) -> np.ndarray:
+    """A bar for each row with its value beside it; returns where each row stands.
+
+    form : of the value ("{:.2f}"); "" for none. side : where a row without a value says so.
+    """
+    y = name_rows(axis, rows)
+    axis.barh(y, rows[column], height=0.62, color=rows.colour)
+    for at, value in zip(y, rows[column], strict=True):
+        if not pd.isna(value):
+            label(axis, form.format(value), value, at)
+    name_failures(axis, rows, y, column, side)
+    axis.set(xlim=(0, np.fmax(rows[column].max(), 1e-9) * 1.18), xlabel=xlabel)
+    return y
+
+
+def plain_ticks(axis, form=PLAIN) -> None:
+    """Few ticks on a log scale (`axes.xaxis` or `.yaxis`), written in full."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(form)
+    axis.set_minor_locator(NullLocator())
+
+
+def ratio_axis(axis, least: float, most: float, xlabel: str) -> None:
+    """A log axis of ratios from `least` to `most`, a line at one."""
+    axis.set(xscale="log", xlim=(least / 1.15, most * 1.8), xlabel=xlabel)
+    plain_ticks(axis.xaxis, FACTOR)
+    if most / least < 4:
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+    axis.axvline(1, color="0.2", lw=0.8, zorder=1)
+
+
+def ratios(axis, rows: DataFrame, xlabel: str, by: str = "technique") -> None:
+    """A mark for each row's `ratio` with its interval `ratio_ci95` and its text `note`, on a log
+    axis; hollow where `hollow`.
+    """
+    y = name_rows(axis, rows, by)
+    least = np.fmin(1, rows.ratio.min()) / 3  # no interval is drawn further
+    most = np.fmax(1, rows.ratio.max()) * 3
+    ground = {"fc": "white", "ec": "none", "pad": 0.3}  # no line runs through a note
+    ends = [1]
+    for at, row in zip(y, rows.itertuples(), strict=True):
+        if pd.isna(row.ratio):
+            continue
+        interval = row.ratio_ci95 if isinstance(row.ratio_ci95, (list, tuple)) else [row.ratio]
+        interval = np.clip(interval, least, most)
+        axis.hlines(at, interval[0], interval[-1], color=row.colour, lw=2, alpha=0.55)
+        fill = "white" if row.hollow else row.colour
+        axis.plot(row.ratio, at, row.marker, color=row.colour, mfc=fill)
+        label(axis, row.note, interval[-1], at, (5, 0), bbox=ground)
+        ends += [*interval]
+    ratio_axis(axis, min(ends), max(ends), xlabel)
+    name_failures(axis, rows, y, "ratio", "right")
+
+
+def curve(axis, rows: DataFrame, x: str, y: str, name: str, numbers: str = "", **look) -> None:
+    """A line through the rows in their order, named at its end; below each point its value of the
+    column `numbers`.
+    """
+    rows = rows.dropna(subset=[x, y])
+    if rows.empty:
+        return
+    last = rows.iloc[-1]
+    axis.plot(rows[x], rows[y], **{"marker": last.marker, "color": last.colour} | look)
+    label(axis, name, last[x], last[y], (5, 0))
+    if numbers:
+        for number, *point in zip(rows[numbers], rows[x], rows[y], strict=True):
+            label(axis, f"{number:g}", *point, (0, -6), ha="center", va="top")
+
+
+# ---- charts that a lesson and the comparison draw
+
+
+def speedup(frame: DataFrame, title: str = "Speed against the baseline of the same run") -> Figure:
     """Speed-up of each variant with its 95 % interval, on a log axis; baselines stand at one.
 
-    A ratio between two engines is not a technique's gain and is left to `factors`; what CPU
-    processes that stand in for GPUs gain is left to `ranks`.
+    A ratio between two engines is not a technique's gain, and CPU processes that stand in for GPUs
+    show none: both are left out (`compared`).
     """
-    ax, base = fig.subplots(), frame["baseline"].isna()
-    y = looks.rows(ax, frame)
-    value = frame["speedup"].astype(float).mask(base & (frame["status"] == "ok"), 1.0)
-    least, most = min(1.0, value.min()), max(1.0, value.max())
-    ends = np.array(
-        [
-            pair if isinstance(pair, (list, tuple)) else (v, v)
-            for pair, v in zip(frame["speedup_ci95"], value, strict=True)
-        ],
-        dtype=float,
-    ).clip(least / 3, most * 3)
-    for place, v, (low, high), first, technique in zip(
-        y, value, ends, base, frame["technique"], strict=True
-    ):
-        if not pd.isna(v):
-            colour = COLOURS[technique]
-            ax.plot(
-                [low, high], [place, place], color=colour, solid_capstyle="butt", lw=2, alpha=0.55
-            )
-            ax.plot(
-                v,
-                place,
-                marker=MARKERS[technique],
-                color=colour,
-                mfc=ax.get_facecolor() if first else colour,
-            )
-            looks.says(
-                ax, "baseline" if first else f"{v:.2f}×", max(v, high), place, 5, **_clear(ax)
-            )
-    known = np.append(ends[~np.isnan(ends)], 1)
-    looks.ratio_axis(
-        ax, known.min(), known.max(), "tokens/s over the baseline's (log)\nbar: 95 % interval"
-    )
-    looks.failures(ax, frame, y, value, "right")
+    figure, parts = panels(compared(styled(frame)), title)
+    for panel, rows in parts:
+        base = rows.baseline.isna()
+        ratio = rows.speedup.mask(base & (rows.status == "ok"), 1.0)
+        note = ratio.map("{:.2f}×".format).mask(base, "baseline")
+        rows = rows.assign(ratio=ratio, ratio_ci95=rows.speedup_ci95, hollow=base, note=note)
+        ratios(panel.subplots(), rows, "tokens/s over the baseline's (log)\nbar: 95 % interval")
+    return figure
 
 
-@chart(
-    "Memory", looks.with_any("weight_bytes", "peak_bytes"), lambda frame: looks.tall(frame) + 0.15
-)
-def memory(fig, frame):
-    """Weights, KV cache at the end of the generation, and the measured peak above what was resident
-    before.
+def memory(frame: DataFrame, title: str = "Memory") -> Figure:
+    """Weights, the KV cache at the end of the generation, and the measured peak while running above
+    what was taken before.
     """
-    ax = fig.subplots()
-    y = looks.bars(ax, frame, "weight_bytes", None, "GB (label: weights)", "right")
-    weights, cache = (frame[c].astype(float).fillna(0) for c in ("weight_bytes", "kv_cache_bytes"))
-    peak = frame["peak_bytes"].astype(float) - frame["resident_before_bytes"].astype(float)
-    ax.containers[0].set_label("weights")
-    ax.barh(y, cache, left=weights, height=0.62, color=looks.ink(0.35), label="KV cache")
-    ax.plot(peak, y, ls="", marker="|", ms=9, mew=1.5, color=looks.ink(), label="peak above start")
-    for place, w, end in zip(y, weights, np.fmax(weights + cache, peak.fillna(0)), strict=True):
-        looks.says(ax, f"{w / 1e9:.2f}" if w else "", end, place)
-    ax.set_xlim(0, np.nanmax([peak.max(), (weights + cache).max()]) * 1.18)
-    ax.xaxis.set(major_formatter=looks.GIGABYTES, major_locator=MaxNLocator(5))
-    looks.legend(fig, ax)
+    figure, parts = panels(having(styled(frame), "weight_bytes", "peak_above_bytes"), title)
+    for panel, rows in parts:
+        axis = panel.subplots()
+        y = bars(axis, rows, "weight_bytes", "", "GB (label: weights)", "right")
+        weights, cache = rows.weight_bytes.fillna(0), rows.kv_cache_bytes.fillna(0)
+        ends = np.fmax(weights + cache, rows.peak_above_bytes)
+        axis.containers[0].set_label("weights")
+        axis.barh(y, cache, 0.62, weights, color="0.65", label="KV cache")
+        axis.plot(rows.peak_above_bytes, y, "|k", ms=9, mew=1.5, label="peak above start")
+        for at, size, end in zip(y, weights, ends, strict=True):
+            label(axis, f"{size / 1e9:.2f}" if size else "", end, at)
+        axis.set_xlim(0, ends.max() * 1.18)
+        axis.xaxis.set(major_formatter=GIGABYTES, major_locator=MaxNLocator(5))
+        panel.legend(loc="outside lower center", ncols=3, handlelength=1.4)
+    return figure
 
 
-@chart("How near the bandwidth limit", looks.with_any("limit_share"), looks.tall)
-def limit(fig, frame):
-    """Decode speed as a share of the best possible, given the bytes read a token and the measured
-    bandwidth.
+def batching(frame: DataFrame, title: str = "Throughput of a mixed workload", steps=()) -> Figure:
+    """Useful tokens/s of each way to serve one workload.
+
+    steps : (id, id of the next, what changes between them), in order: these rows stand on top, with
+        an arrow and the factor for each step; other rows stand below a line.
     """
-    ax = fig.subplots()
-    looks.bars(
-        ax, frame, "limit_share", "{:.0%}".format, "decode tokens/s over the bandwidth limit"
-    )
-    ax.axvline(1, color=looks.ink(0.8), lw=0.8)
-    ax.set_xlim(0, max(1.08, ax.get_xlim()[1]))
-    ax.xaxis.set_major_formatter(PERCENT)
+    drawn = with_bits(styled(frame[frame.sweep.isna()]))
+    ladder = [before for before, _, _ in steps] + [after for _, after, _ in steps[-1:]]
+    on_ladder = drawn.id.isin(ladder)
+    first = drawn[on_ladder].sort_values("id", key=lambda ids: ids.map(ladder.index))
+    figure, parts = panels(pd.concat([first, drawn[~on_ladder]]), title)
+    for panel, rows in parts:
+        axis = panel.subplots()
+        y = bars(axis, rows, "tokens_per_s", "{:.0f}", "useful tokens/s")
+        edge = axis.get_xlim()[1]
+        axis.set_xlim(0, edge * 1.35)
+        rows = rows.assign(y=y).set_index("id")
+        for before, after, change in steps:
+            if before in rows.index and after in rows.index:
+                _step(axis, rows.loc[before], rows.loc[after], change, edge)
+        if 0 < rows.index.isin(ladder).sum() < len(rows):
+            axis.axhline(rows.index.isin(ladder).sum() - 0.5, color="0.6", lw=0.6)
+    return figure
 
 
-@chart("Cost of a million tokens", headline, looks.tall)
-def cost(fig, frame):
-    """Price of a million new tokens, from a column `cost_per_million_tokens`; lower is better."""
-    looks.bars(
-        fig.subplots(),
-        frame,
-        "cost_per_million_tokens",
-        "{:.2f}".format,
-        "per million tokens (← better)",
-    )
+def _step(axis, before: pd.Series, after: pd.Series, change: str, x: float) -> None:
+    """An arrow from a row to the next, with the factor between them: paired where it was."""
+    factor = after.tokens_per_s / before.tokens_per_s
+    if after.baseline == before.name:
+        factor = after.speedup
+    if not pd.isna(factor):
+        arrow = {"arrowstyle": "->", "lw": 0.8, "color": "0.2"}
+        axis.annotate("", (x, after.y), (x, before.y), arrowprops=arrow)
+        label(axis, f"{change}\n{factor:.1f}×", x, (before.y + after.y) / 2)
 
 
-def _rated(frame: pd.DataFrame) -> pd.DataFrame:
-    return headline(frame).dropna(subset=["perplexity", "decode_tokens_per_s", "weight_bytes"])
+def _axes_of(rows: DataFrame) -> int:
+    return sum(SWEEPS[sweep] for sweep in rows.sweep.unique())
 
 
-def pareto(rows: pd.DataFrame) -> pd.Series:
-    """True where no other row is as good in decode speed, perplexity and weight bytes, and better
-    in one.
+def throughput_latency(frame: DataFrame, title: str = "Throughput against latency") -> Figure:
+    """What batches cost each user: time per token over tokens/s, by batch size. A server under
+    load: latencies over its tokens/s, with the objectives they are held against; goodput by rate.
     """
-    cost = rows[["decode_tokens_per_s", "perplexity", "weight_bytes"]].astype(float) * [-1, 1, 1]
-    return cost.apply(
-        lambda mine: not ((cost <= mine).all(axis=1) & (cost < mine).any(axis=1)).any(), axis=1
-    )
+    drawn = swept(styled(frame))
+    figure, parts = panels(drawn, title, lambda rows: 0.4 + 1.5 * _axes_of(rows))
+    for panel, rows in parts:
+        axes = list(np.atleast_1d(panel.subplots(_axes_of(rows))))
+        by_batch = rows[rows.sweep == "batch_size"]
+        if len(by_batch):
+            _draw_batch_sizes(axes.pop(0), by_batch.sort_values("batch_size"))
+        if axes:
+            _draw_rates(*axes, rows[rows.sweep == "request_rate"])
+    return figure
 
 
-def _over(rows: pd.DataFrame) -> pd.Series:
-    """True where perplexity is more than three times the median: off the scale."""
-    return rows["perplexity"].astype(float) > 3 * rows["perplexity"].astype(float).median()
+def _draw_batch_sizes(axis, rows: DataFrame) -> None:
+    """Milliseconds a token over tokens/s of the whole batch; the same at the bandwidth limit."""
+    rows = rows.assign(transformers=detail(rows, "transformers_tokens_per_s"))
+    for speed in ("tokens_per_s", "transformers", "limit_tokens_per_s"):
+        rows[f"{speed}_ms"] = 1e3 * rows.batch_size / rows[speed]
+    dashed = {"ls": "--", "marker": "", "color": GREY}
+    curve(axis, rows, "limit_tokens_per_s", "limit_tokens_per_s_ms", "limit", **dashed)
+    curve(axis, rows, "transformers", "transformers_ms", "transformers", marker="o", mfc="white")
+    for engine, group in rows.groupby("engine"):
+        curve(axis, group, "tokens_per_s", "tokens_per_s_ms", engine, "batch_size")
+    axis.set(xlabel="tokens/s of the whole batch (number: batch size)", ylabel="ms a token")
+    axis.set(xscale="log", yscale="log")
+    plain_ticks(axis.xaxis)
+    plain_ticks(axis.yaxis)
+    axis.margins(x=0.15, y=0.2)
 
 
-def _seen(rows: pd.DataFrame) -> pd.Series:
-    """Perplexity as drawn: what is off the scale stands at the upper edge, one above the other in
-    order.
+def _draw_rates(first_token, next_token, goodput, rows: DataFrame) -> None:
+    """On three axes: time to first token and between tokens over tokens/s; requests in time."""
+    details = DataFrame(list(rows.details), index=rows.index).apply(pd.to_numeric, errors="coerce")
+    rows = rows.assign(**details).sort_values("request_rate_per_s")
+    rate, speed = "request_rate_per_s", "tokens_per_s"
+    for axis, latency in ((first_token, "ttft"), (next_token, "inter_token")):
+        curve(axis, rows, speed, f"{latency}_p99_s", "p99\n", ls=":")
+        curve(axis, rows, speed, f"{latency}_p95_s", "\np95", ls="--")
+        curve(axis, rows, speed, f"{latency}_p50_s", "p50", rate)
+        for objective in rows[f"objective_{latency}_s"].dropna().unique():
+            axis.axhline(objective, color=GREY, lw=0.8)
+            at = axis.get_yaxis_transform()
+            label(axis, "objective", 0, objective, (2, 4), color=GREY, xycoords=at)
+        axis.set(yscale="log", xlabel="tokens/s of the server (number: requests/s sent)")
+        plain_ticks(axis.yaxis)
+        axis.margins(x=0.18, y=0.25)
+    first_token.set_ylabel("first token (s)")
+    next_token.set_ylabel("next token (s)")
+    curve(goodput, rows, rate, rate, "all", marker="", color=GREY, ls="--")
+    curve(goodput, rows, rate, "goodput_per_s", "in time")
+    for row in rows[rows.failed_requests > 0].itertuples():
+        text = f"{row.failed_requests:.0f} failed"
+        label(goodput, text, row.request_rate_per_s, row.goodput_per_s, (-5, -4), ha="right")
+    goodput.set(xlabel="requests/s sent", ylabel="requests/s in time", ylim=(0, None))
+    goodput.margins(x=0.18)
+
+
+# ---- files
+
+
+def save(
+    figure: Figure, drawn: DataFrame, folder: Path | str, name: str, caption: str = ""
+) -> Path:
+    """Write all that a write-up needs of a chart and close it; returns the path of the light .png.
+
+    `name`.svg, .pdf and .png (300 dpi), `name`_dark.svg and .png; the rows that were drawn as .csv;
+    the caption as .txt.
+
+    Raises NoData, in one sentence, where no row was drawn.
     """
-    true, over = rows["perplexity"].astype(float), _over(rows)
-    return true.mask(over, 3 * true.median() * 1.12 ** (true.where(over).rank() - 1))
+    plt.close(figure)
+    if drawn.empty:
+        raise NoData(f"{name}: no record to draw.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with plt.style.context(STYLE):
+        figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+        path = _save_pictures(figure, folder / name)
+        _darken(figure)
+        _save_pictures(figure, folder / f"{name}_dark")
+    _without_raw_runs(drawn).to_csv(folder / f"{name}.csv", index=False)
+    (folder / f"{name}.txt").write_text(caption.strip() + "\n", encoding="utf-8")
+    return path
 
 
-def _scatter(ax, rows: pd.DataFrame) -> None:
-    """One text's rows: marks, ringed where on the front, and scales."""
-    x, size, y = (
-        rows["decode_tokens_per_s"].astype(float),
-        rows["weight_bytes"].astype(float),
-        _seen(rows),
-    )
-    for i, best in pareto(rows).items():
-        technique = rows.loc[i, "technique"]
-        ax.scatter(
-            x[i],
-            y[i],
-            10 + 60 * size[i] / size.max(),
-            marker=MARKERS[technique],
-            linewidths=0.9,
-            zorder=3,
-            color=COLOURS[technique],
-            alpha=0.9 if best else 0.45,
-            ec=looks.ink() if best else "none",
-            label=looks.title_of(technique),
-        )
-    ax.set(
-        xlabel="decode tokens/s  (better →)",
-        ylabel="perplexity  (← better; ↑: off the scale)",
-        xscale="log",
-        yscale="log",
-    )
-    ax.set_title(rows["eval_text"].iloc[0].partition(" (")[0], weight="normal", **looks.SMALL)
-    for axis in (ax.xaxis, ax.yaxis):
-        looks.plain_log(
-            axis, [step * ten for ten in (1, 10, 100, 1000) for step in (1, 1.5, 2, 3, 5, 7)]
-        )
-    ax.margins(0.14, 0.12)
+def _save_pictures(figure: Figure, path: Path) -> Path:
+    figure.savefig(f"{path}.svg", metadata={"Date": None})
+    figure.savefig(f"{path}.png")
+    picture = _few_colours(Image.open(f"{path}.png"), 128)
+    picture.save(f"{path}.png", optimize=True, dpi=(300, 300))
+    return Path(f"{path}.png")
 
 
-def _label(ax, rows: pd.DataFrame) -> None:
-    """Each variant's name once, and one baseline's, moved apart; on the front in full colour."""
-    x, y, best = rows["decode_tokens_per_s"].astype(float), _seen(rows), pareto(rows)
-    above = " ↑" + rows["perplexity"].map("{:.0f}".format)
-    said = rows["variant"] + above.where(_over(rows), "")
-    named = rows.assign(best=best, name=rows["variant"].mask(rows["baseline"].isna(), "baseline"))
-    named = named.sort_values("best", ascending=False, kind="stable").drop_duplicates("name").index
-    drawn = []
-    for explode in (
-        (0.3, 1.0),
-        (0.5, 1.5),
-        (1.0, 2.0),
-        (0.1, 0.5),
-    ):  # until no label covers another
-        for old in drawn:
-            old.remove()
-        texts, lines = adjust_text(
-            [
-                ax.text(x[i], y[i], said[i], color=looks.ink(1 if best[i] else 0.65), **looks.SMALL)
-                for i in named
-            ],
-            x=x.tolist(),
-            y=y.tolist(),
-            ax=ax,
-            expand=(1.15, 1.7),
-            force_text=(0.5, 1.6),
-            force_static=(0.2, 0.4),
-            force_explode=explode,
-            iter_lim=1200,
-            arrowprops={"arrowstyle": "-", "color": looks.ink(0.5), "lw": 0.4},
-        )
-        drawn, boxes = [*texts, *lines], [text.get_window_extent() for text in texts]
-        if all(box.count_overlaps(boxes) == 1 for box in boxes):
-            break
+def _without_raw_runs(rows: DataFrame) -> DataFrame:
+    """Rows for a CSV file: details as columns, no raw runs, no column without a value."""
+    rows = rows.reset_index(drop=True)
+    if "details" in rows:
+        details = DataFrame([row if isinstance(row, dict) else {} for row in rows.details])
+        rows = rows.drop(columns=list(details), errors="ignore").join(details)
+    dropped = [*RAW, "reasons", "details", "colour", "marker"]
+    return rows.drop(columns=dropped, errors="ignore").dropna(axis=1, how="all")
 
 
-@chart(
-    "Quality against speed and size", _rated, lambda frame: 0.5 + 5.2 * frame["eval_text"].nunique()
-)
-def quality_speed(fig, frame):
-    """Perplexity (down is better) over decode tokens/s (right is better); area: weight bytes.
-    Ringed: the Pareto front in speed, quality and bytes. Texts of different perplexity have a panel
-    each.
-    """
-    texts = [rows for _, rows in frame.groupby("eval_text", sort=False)]
-    axes = np.atleast_1d(fig.subplots(len(texts)))
-    for ax, rows in zip(axes, texts, strict=True):
-        _scatter(ax, rows)
-    handles = {
-        label: mark
-        for ax in axes
-        for mark, label in zip(*ax.get_legend_handles_labels(), strict=True)
-    }
-    fig.legend(handles.values(), handles, loc="outside lower center", ncols=3, markerscale=0.6)
-    fig.get_figure(
-        root=True
-    ).draw_without_rendering()  # labels are moved on axes of their final size
-    for ax, rows in zip(axes, texts, strict=True):
-        _label(ax, rows)
+def _darken(figure: Figure) -> None:
+    """Turn black, white and greys into those of dark paper, in place; colours stay as they are."""
+    artists = figure.findobj()
+    for text in figure.findobj(Text):  # these two are no children of theirs
+        artists += [text.get_bbox_patch(), getattr(text, "arrow_patch", None)]
+    for artist in artists:
+        for part in ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor"):
+            if hasattr(artist, f"get_{part}") and hasattr(artist, f"set_{part}"):
+                colour = getattr(artist, f"get_{part}")()
+                getattr(artist, f"set_{part}")(_in_the_dark(colour))
 
 
-def _place(frame: pd.DataFrame) -> list[str]:
-    """What an id is unique within."""
-    return ["machine", "technique"] if "machine" in frame else ["technique"]
+def _in_the_dark(colour):
+    """One colour, or an (n, 4) array of them, with the neutral ones on a scale from ink to paper."""
+    rgba = to_rgba_array(colour)
+    if not rgba[:, 3].any():
+        return "none"
+    neutral = np.ptp(rgba[:, :3], axis=1) < 0.01
+    mixed = DARK_INK + rgba[:, :1] * (DARK_PAPER - DARK_INK)
+    rgba[neutral, :3] = mixed[neutral, :3]
+    return rgba if np.ndim(colour) == 2 else tuple(rgba[0])
 
 
-def _factors(frame: pd.DataFrame) -> pd.DataFrame:
-    """Ratios of speed kept apart: bits in one engine, engine at the same bits, scheduler in one
-    engine.
-    """
-    base = frame.set_index([*_place(frame), "id"])[["engine", "dtype", "variant"]].add_prefix(
-        "base_"
-    )
-    rows = frame[frame["headline"] & (frame["status"] == "ok")].join(
-        base, on=[*_place(frame), "baseline"]
-    )
-    bits = rows[
-        (rows["technique"] == "quantization")
-        & rows["baseline"].notna()
-        & (rows["same_engine"] | (rows["dtype"] == rows["base_dtype"]))
-    ]
-    made = [
-        bits.assign(
-            factor=bits["same_engine"].map({True: FACTORS[0], False: FACTORS[1]}),
-            value=bits["speedup"],
-            variant=bits["variant"] + " / " + bits["base_variant"],
-        )
-    ]
-    batched = looks.with_bits(rows[rows["technique"] == "continuous_batching"])
-    for name, factor in zip(
-        ("engine_factor", "scheduler_factor", "total_factor"), FACTORS[1:], strict=True
-    ):
-        known = batched.assign(factor=factor, value=looks.detail(batched, name), speedup_ci95=None)
-        made.append(known[known["value"].notna()].drop_duplicates("value"))
-    claimed = (
-        pd.read_csv(looks.PUBLISHED)
-        .query("metric == 'throughput_vs_transformers'")
-        .assign(
-            factor=FACTORS[3], variant=lambda rows: rows["variant"] + ", claimed: " + rows["note"]
-        )
-    )
-    machines = batched["machine"].unique() if "machine" in frame else [None] * (len(batched) > 0)
-    made += [claimed.assign(**{"machine": machine} if machine else {}) for machine in machines]
-    made = pd.concat(
-        [rows.astype({"value": float}) for rows in made if len(rows)] or [bits.assign(factor="")],
-        ignore_index=True,
-    )
-    return made.sort_values("factor", key=lambda names: names.map(FACTORS.index), kind="stable")
+def _few_colours(image: Image.Image, most: int) -> Image.Image:
+    """With a palette; the method is one that keeps rare colours."""
+    method, dither = Image.Quantize.FASTOCTREE, Image.Dither.NONE
+    return image.convert("RGB").quantize(most, method=method, dither=dither)
 
 
-@chart(
-    "What gave the speed: bits, engine or scheduler",
-    _factors,
-    lambda frame: looks.tall(frame, "factor"),
-)
-def factors(fig, frame):
-    """Each ratio compares two rows that differ in one thing only; no technique's gain is read
-    across engines.
-    """
-    ax, seen = fig.subplots(), [1.0]
-    for place, row in zip(looks.rows(ax, frame, "factor"), frame.itertuples(), strict=True):
-        colour = COLOURS[row.technique]
-        ends = row.speedup_ci95 if isinstance(row.speedup_ci95, tuple) else (row.value, row.value)
-        ax.plot(ends, (place, place), color=colour, lw=2, alpha=0.55)
-        ax.plot(
-            row.value,
-            place,
-            marker=MARKERS[row.technique],
-            color=colour,
-            mfc=colour if isinstance(row.id, str) else "none",
-        )
-        looks.says(ax, f"{row.value:.2f}×", ends[1], place, 6, **_clear(ax))
-        seen += [*ends]
-    claimed = "; hollow: claimed" if (frame["factor"] == FACTORS[3]).any() else ""
-    looks.ratio_axis(ax, min(seen), max(seen), f"ratio of tokens/s (log{claimed})")
-
-
-def published_ratios() -> pd.DataFrame:
-    """Published figures over the same source's own baseline: variant, kind (speed, memory,
-    perplexity), ratio.
-    """
-    rows = pd.read_csv(looks.PUBLISHED, keep_default_na=False).query("metric in @METRICS")
-    rows = rows.assign(value=rows["value"].astype(float), variant=rows["variant"].replace(SAME))
-    place = ["source", "model", "hardware", "batch_size", "metric"]
-    base = rows[rows["variant"].isin(BASES)].set_index(place)["value"]
-    rows = rows[~rows["variant"].isin(BASES)].join(base.rename("base"), on=place, how="inner")
-    kinds = rows["metric"].map(METRICS)
-    return rows.assign(
-        kind=kinds.str[0], ratio=(rows["value"] / rows["base"]) ** kinds.str[1].astype(int)
-    )
-
-
-def _own_ratios(frame: pd.DataFrame) -> pd.DataFrame:
-    """Headline rows that a published row has the name of, with ratios to their baseline."""
-    need = frame.assign(
-        need=frame["peak_bytes"].astype(float) - frame["resident_before_bytes"].astype(float)
-    )
-    base = need.set_index([*_place(need), "id"])[["need", "perplexity", "variant"]].add_prefix(
-        "base_"
-    )
-    mine = need[need["headline"]].join(base, on=[*_place(need), "baseline"], how="inner")
-    mine = mine[
-        mine["base_variant"].isin(BASES) & mine["variant"].isin(published_ratios()["variant"])
-    ]
-    mine = mine.drop_duplicates(["machine", "variant"] if "machine" in frame else "variant")
-    return mine.assign(
-        group="",
-        speed=mine["speedup"],
-        memory=mine["need"] / mine["base_need"],
-        perplexity=mine["perplexity"].astype(float) / mine["base_perplexity"].astype(float),
-    )
-
-
-@chart("Beside published figures", _own_ratios, lambda frame: looks.tall(frame, "group") + 0.15)
-def beside(fig, frame):
-    """This machine's ratios to its baselines (filled) beside published ones to theirs (hollow):
-    never joined.
-    """
-    others, axes = published_ratios(), fig.subplots(1, 3, sharey=True)
-    for ax, kind in zip(axes, ("speed", "memory", "perplexity"), strict=True):
-        y, seen = looks.rows(ax, frame, "group"), [1.0]
-        for place, row in zip(y, frame.itertuples(), strict=True):
-            value, theirs = (
-                getattr(row, kind),
-                others.query("variant == @row.variant and kind == @kind")["ratio"],
-            )
-            ax.plot(
-                theirs,
-                [place] * len(theirs),
-                "o",
-                mfc="none",
-                mec=looks.ink(0.8),
-                ls="",
-                label="published",
-            )
-            ax.plot(value, place, "o", color=COLOURS[row.technique], label="this machine", ms=3)
-            seen += [v for v in (value, *theirs) if not pd.isna(v)]
-        looks.ratio_axis(ax, min(seen), max(seen) / 1.4, kind, narrow=True)
-        ax.tick_params(labelleft=ax is axes[0])
-    handles = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
-    fig.legend(handles.values(), handles, loc="outside lower center", ncols=2)
+def preview(path: Path) -> bytes:
+    """A saved picture as small as a notebook of many wants it: 120 dots an inch, 32 colours."""
+    picture, content = Image.open(path).convert("RGB"), io.BytesIO()
+    picture.thumbnail((420, picture.height), Image.Resampling.LANCZOS)
+    _few_colours(picture, 32).save(content, "png", optimize=True)
+    return content.getvalue()

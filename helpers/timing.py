@@ -1,30 +1,42 @@
-"""Generation timed token by token; variants measured in pairs with their baseline; intervals of
-their ratio.
+"""Generation timed token by token; variants measured in pairs with their baseline.
+
+Needs nothing else of this project: copy it into yours.
 """
 
 import contextlib
 import dataclasses
+import gc
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import scipy.stats
 import torch
+from tqdm import tqdm
 from transformers.generation.streamers import BaseStreamer
 
-from helpers.progress import progress
-
 SPREAD_LIMIT = 0.10  # interquartile range over median above which a series is called unstable
+BUSY_LIMIT = 0.05  # share of the cores that others may take before it is said
+NARROW = 0.025  # half-width of an interval, on the log scale, at which enough pairs are measured
+EXTENDED = 6, 12  # from so many pairs on a measurement may be extended, to so many at most
+EXTRA_S = 60.0  # seconds that the extension may take
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
     """One timed generation. Times in seconds since the call began.
 
-    stamps_s : one per decoding step (new token of every sequence of the batch).
+    Attributes
+    ----------
+    latency_s : from the call to the last token.
+    stamps_s : one per decoding step (a new token of every sequence of the batch).
+    prompt_tokens : of each sequence.
+    batch_size : sequences generated together.
     ids : new token ids, one list a sequence (empty where an engine gives none).
     """
 
@@ -45,7 +57,7 @@ class Generation:
 
     @property
     def inter_token_s(self) -> list[float]:
-        return [b - a for a, b in pairwise(self.stamps_s)]
+        return [after - before for before, after in pairwise(self.stamps_s)]
 
     @property
     def tokens_per_s(self) -> float:
@@ -55,96 +67,113 @@ class Generation:
     @property
     def decode_tokens_per_s(self) -> float | None:
         """New tokens after the first over the time they took; None for a single token."""
-        return (
-            self.batch_size * (self.new_tokens - 1) / sum(self.inter_token_s)
-            if self.new_tokens > 1
-            else None
-        )
+        if self.new_tokens < 2:
+            return None
+        return self.batch_size * (self.new_tokens - 1) / sum(self.inter_token_s)
 
     @property
     def prefill_tokens_per_s(self) -> float:
         return self.batch_size * self.prompt_tokens / self.ttft_s
 
 
-Call = Callable[[], Generation]
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A way to run a model, as `measure` and `memory.peak_of` take it.
+
+    Attributes
+    ----------
+    load : makes what `run` needs, a model as a rule; it may take long and much memory.
+    run : one generation with it.
+    """
+
+    load: Callable[[], Any]
+    run: Callable[[Any], Generation]
 
 
 class _Stamps(BaseStreamer):
-    """A stamp for every token; the first `put` is the prompt, before prefill, and is discarded."""
+    """A stamp for every token. The first `put` is the prompt, before prefill: it is discarded."""
 
     def __init__(self, clock: Callable[[], float]):
-        self.clock, self.times = clock, None
+        self.clock = clock
+        self.prompt_seen = False
+        self.times: list[float] = []
 
     def put(self, value):
-        self.times = [] if self.times is None else [*self.times, self.clock()]
+        if self.prompt_seen:
+            self.times.append(self.clock())
+        self.prompt_seen = True
 
     def end(self):
         pass
 
 
 def synchronize(device: str | torch.device) -> None:
-    """Wait until the device has done all it was given (a no-op on the CPU)."""
+    """Wait until the device has done all that it was given (a no-op on the CPU)."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def greedy(
+def generate(
     model,
     input_ids: torch.Tensor,
     new_tokens: int,
     context: Callable = contextlib.nullcontext,
     clock: Callable[[], float] = time.perf_counter,
     **options,
-) -> Call:
-    """A call that generates exactly `new_tokens` greedily with transformers and stamps each of
-    them.
+) -> Generation:
+    """Generate exactly `new_tokens` greedily with transformers, each of them stamped.
 
     Parameters
     ----------
-    input_ids : (batch, prompt_tokens) on any device; all rows of one length.
-    context : makes a context manager that is entered once around the whole generation (autocast,
-        say).
-    options : passed to `generate`.
+    input_ids : (batch, prompt_tokens) token ids on any device; all rows of one length.
+    context : makes a context manager that is entered once around the generation (autocast, say).
+    options : passed to the model's `generate`.
+
+    Raises RuntimeError when another number of tokens came.
     """
     ids = input_ids.to(model.device)
-
-    def call() -> Generation:
-        stamps = _Stamps(clock)
-        synchronize(model.device)
-        start = clock()
-        with context():
-            out = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=new_tokens,
-                do_sample=False,
-                streamer=stamps,
-                **options,
-            )
-        synchronize(model.device)
-        latency = clock() - start
-        new = out[:, ids.shape[1] :].tolist()
-        if len(stamps.times) != new_tokens or len(new[0]) != new_tokens:
-            raise RuntimeError(
-                f"{len(new[0])} new tokens came, {new_tokens} were asked for: is EOS unset?"
-            )
-        return Generation(
-            latency, [t - start for t in stamps.times], ids.shape[1], ids.shape[0], new
+    mask = torch.ones_like(ids)
+    stamps = _Stamps(clock)
+    synchronize(model.device)
+    start = clock()
+    with context():
+        output = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            streamer=stamps,
+            **options,
         )
-
-    return call
+    synchronize(model.device)
+    latency_s = clock() - start
+    new_ids = output[:, ids.shape[1] :].tolist()
+    if len(stamps.times) != new_tokens or len(new_ids[0]) != new_tokens:
+        raise RuntimeError(
+            f"{len(new_ids[0])} new tokens came, {new_tokens} were asked for: is EOS unset?"
+        )
+    stamps_s = [stamp - start for stamp in stamps.times]
+    return Generation(latency_s, stamps_s, ids.shape[1], ids.shape[0], new_ids)
 
 
 @dataclasses.dataclass
 class Series:
-    """What one variant gave: full-length warm-ups apart from the runs that count, or why there are
-    none.
+    """What one variant gave: full-length warm-ups apart from the runs that count.
+
+    Attributes
+    ----------
+    status : "ok"; "oom" (out of memory), "unsupported" (this machine or package cannot do it) or
+        "failed" (any other error). Then `reason` says why, and no run after it was tried.
+    baseline : the variant that run i is paired with; None for the baseline itself.
+    busy_share : of each run, the share of the cores that other processes took meanwhile.
     """
 
     warmup: list[Generation] = dataclasses.field(default_factory=list)
     runs: list[Generation] = dataclasses.field(default_factory=list)
     status: str = "ok"
     reason: str | None = None
+    baseline: str | None = None
+    busy_share: list[float] = dataclasses.field(default_factory=list)
 
     @property
     def latency_s(self) -> list[float]:
@@ -153,86 +182,198 @@ class Series:
     def median(self, quantity: str) -> float | None:
         """Median over the runs of a quantity of `Generation` ("decode_tokens_per_s", say)."""
         values = [getattr(run, quantity) for run in self.runs]
-        return None if not values or None in values else float(np.median(values))
+        if not values or None in values:
+            return None
+        return float(np.median(values))
 
 
-def _guarded(series: Series, work: Callable):
-    """Run `work`; what the machine cannot do becomes the series' status and reason, not a crash."""
+def failure(error: Exception) -> tuple[str, str]:
+    """Status and reason of a row for what a machine, a package or a model could not do.
+
+    On a CPU PyTorch raises RuntimeError when it cannot allocate, not MemoryError.
+    """
+    message = str(error).strip() or type(error).__name__
+    first_line = re.sub(r"(?<!\S)/\S+/", "", message.splitlines()[0])  # no paths of this machine
+    out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    if out_of_memory or re.search(r"can't allocate memory|out of memory", message):
+        return "oom", first_line.split(". ")[0]
+    if isinstance(error, (NotImplementedError, ImportError)):
+        return "unsupported", first_line
+    return "failed", f"{type(error).__name__}: {first_line}"
+
+
+def _attempt(series: Series, work: Callable, *arguments):
+    """The result of `work`; None when it raised, which the series then says."""
     try:
-        return work()
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        series.status, series.reason = "oom", str(error).split(". ")[0]
-    except NotImplementedError as error:
-        series.status, series.reason = "unsupported", str(error).split("\n")[0]
+        return work(*arguments)
+    except Exception as error:
+        series.status, series.reason = failure(error)
+    gc.collect()  # what a failed load or run left behind
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+class _Cores:
+    """How much of the cores others took: processes that are not ours, and the hypervisor."""
+
+    def __init__(self):
+        self.process = psutil.Process()
+        self.before = self._now()
+
+    def _now(self) -> tuple[float, float, float]:
+        """Seconds of all cores since boot: in all, not idle, and of our own processes."""
+        machine = psutil.cpu_times()
+        total = sum(
+            machine[: machine._fields.index("guest")] if "guest" in machine._fields else machine
+        )
+        idle = machine.idle + getattr(machine, "iowait", 0.0)
+        own = 0.0
+        for process in [self.process, *self.process.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                own += sum(process.cpu_times()[:2])
+        return total, total - idle, own
+
+    def others_share(self) -> float:
+        """Share of all cores' time since the last call that went to others (0 to 1)."""
+        now = self._now()
+        total, busy, own = (after - before for after, before in zip(now, self.before, strict=True))
+        self.before = now
+        if total <= 0:
+            return 0.0
+        return min(1.0, max(0.0, busy - own) / total)
+
+
+def _timed(series: Series, variant: Variant, model, cores: _Cores) -> None:
+    """One run that counts, with the load of others during it."""
+    cores.others_share()
+    run = _attempt(series, variant.run, model)
+    if run is not None:
+        series.runs.append(run)
+        series.busy_share.append(cores.others_share())
+
+
+def _warm_up(series: Series, variant: Variant, model, runs: int) -> None:
+    for _ in range(runs):
+        if series.status == "ok":
+            run = _attempt(series, variant.run, model)
+            if run is not None:
+                series.warmup.append(run)
+
+
+def _pair_with(measured: dict[str, Series], baseline: str) -> str:
+    """Name each series' baseline: the one asked for, or the first that ran where it did not."""
+    if measured[baseline].status != "ok":
+        baseline = next((name for name, s in measured.items() if s.status == "ok"), baseline)
+    for name, series in measured.items():
+        series.baseline = None if name == baseline else baseline
+    return baseline
+
+
+def _widest(measured: dict[str, Series]) -> float:
+    """The largest half-width of the intervals, on the log scale."""
+    widths = [0.0]
+    for series in measured.values():
+        if series.status == "ok" and series.baseline is not None:
+            gain = ratio(measured[series.baseline].latency_s, series.latency_s)
+            if gain.low is not None:
+                widths.append(math.log(gain.high / gain.low) / 2)
+    return max(widths)
+
+
+def _in_turns(variants, baseline, pairs, warmup, keep, between) -> dict[str, Series]:
+    """All variants loaded at once; they take turns, A B C, C B A, A B C …"""
+    measured = {name: Series() for name in variants}
+    loaded = {}
+    for name, variant in variants.items():
+        loaded[name] = _attempt(measured[name], variant.load)
+    for name, variant in variants.items():
+        _warm_up(measured[name], variant, loaded[name], warmup)
+
+    cores = _Cores()
+    least, most = EXTENDED
+    extension_began = None
+    order = list(variants)
+    for round_number in tqdm(range(max(pairs, most)), "rounds", total=pairs, leave=False):
+        if round_number == pairs:
+            extension_began = time.monotonic()
+        # looked at after every second round, in which a linear drift cancels
+        if round_number >= pairs and (round_number - pairs) % 2 == 0:
+            extra_s = time.monotonic() - extension_began
+            if pairs < least or extra_s > EXTRA_S or _widest(measured) <= NARROW:
+                break
+        for name in order:
+            if measured[name].status == "ok":
+                _timed(measured[name], variants[name], loaded[name], cores)
+            if measured[name].status != "ok":
+                loaded[name] = None
+        order.reverse()
+        between()
+        _pair_with(measured, baseline)
+        keep(measured)
+    return measured
+
+
+def _bracketed(variants, baseline, pairs, warmup, keep, between, release) -> dict[str, Series]:
+    """One variant loaded at a time: half of the baseline's runs, the others, the other half."""
+    measured = {name: Series() for name in variants}
+    cores = _Cores()
+    before = math.ceil(pairs / 2)
+    others = [(name, pairs) for name in variants if name != baseline]
+    plan = [(baseline, before), *others, (baseline, pairs - before)]
+    for name, runs in tqdm(plan, "variants", leave=False):
+        if measured[name].status == "ok" and runs:
+            model = _attempt(measured[name], variants[name].load)
+            _warm_up(measured[name], variants[name], model, warmup)
+            for _ in range(runs):
+                if measured[name].status == "ok":
+                    _timed(measured[name], variants[name], model, cores)
+            del model
+        release()
+        between()
+        _pair_with(measured, baseline)
+        keep(measured)
+    return measured
 
 
 def measure(
-    factories: dict[str, Callable[[], Call]],
+    variants: dict[str, Variant],
     baseline: str,
     pairs: int,
     warmup: int = 1,
+    *,
     together: bool = True,
-    release: Callable[[], None] = lambda: None,
-    between: Callable[[], None] = lambda: None,
+    keep: Callable[[dict[str, Series]], object] = lambda measured: None,
+    between: Callable[[], object] = lambda: None,
+    release: Callable[[], object] = lambda: None,
 ) -> dict[str, Series]:
-    """Measure variants against their baseline so that a drifting machine does not decide the
-    result.
+    """Measure variants against their baseline so that a drifting machine does not decide.
 
-    together : all variants are loaded and take turns, A B C, C B A, A B C ...: run i of a variant
-        and run i of the baseline make a pair, and a linear drift cancels over two rounds.
-        Otherwise, where they do not fit in memory side by side, each variant is bracketed by half
-        of the baseline's runs before and half after.
+    Run i of a variant and run i of its baseline make a pair. Six pairs or more go on, to twelve at
+    most and for a minute at most, while an interval is wider than ± 2.5 %.
 
     Parameters
     ----------
-    factories : variant name to a function that loads it and returns its call; the baseline is one
-        of them.
-    pairs, warmup : runs that count, full-length runs before them.
-    release : drops what the factories loaded (called between variants that are not together).
+    variants : by name; the baseline is one of them. Where it cannot run, the first that can takes
+        its place (`Series.baseline`).
+    pairs, warmup : runs that count, and full-length runs before them.
+    together : all variants are loaded and take turns, so that a linear drift cancels over two
+        rounds. Otherwise, where they do not fit in memory side by side, each is loaded by itself,
+        bracketed by half of the baseline's runs before and half after.
+    keep : called with everything measured so far after every round (a `results.Lesson` writes it).
     between : called after every round (a bandwidth probe, say).
+    release : drops what `load` may have cached, between variants that are not together.
 
-    Returns a Series a variant; status "oom" or "unsupported" with a reason where the machine cannot
-    do it.
+    Returns a Series a variant. What a variant raises becomes its status and reason, once: it is
+    not tried again.
     """
     if pairs < 1 or warmup < 0:
         raise ValueError(
             f"REPEATS must be at least 1 and WARMUP at least 0, not {pairs} and {warmup}."
         )
-    found = {name: Series() for name in factories}
-    step = progress(len(factories) * (pairs + warmup) + warmup * (not together), "runs")
     if together:
-        calls = {name: _guarded(found[name], make) for name, make in factories.items()}
-        for name, series in found.items():
-            for _ in range(warmup * (series.status == "ok")):
-                _guarded(
-                    series, lambda name=name, series=series: series.warmup.append(calls[name]())
-                )
-                step()
-        for i in range(pairs):
-            for name in list(found)[:: 1 if i % 2 == 0 else -1]:
-                if found[name].status == "ok":
-                    found[name].runs.append(calls[name]())
-                    step()
-            between()
-        return found
-
-    def some(name: str, runs: int) -> None:
-        series = found[name]
-        if series.status == "ok" and (call := _guarded(series, factories[name])):
-            for target, times in ((series.warmup, warmup), (series.runs, runs)):
-                for _ in range(times):
-                    _guarded(series, lambda target=target: target.append(call()))
-                    step()
-        release()
-        between()
-
-    before = math.ceil(pairs / 2)
-    some(baseline, before)
-    for name in factories:
-        if name != baseline:
-            some(name, pairs)
-    some(baseline, pairs - before)
-    return found
+        return _in_turns(variants, baseline, pairs, warmup, keep, between)
+    return _bracketed(variants, baseline, pairs, warmup, keep, between, release)
 
 
 class Ratio(NamedTuple):
@@ -252,28 +393,28 @@ class Ratio(NamedTuple):
         return "within noise"
 
 
-def ratio(
-    baseline_s: Sequence[float], variant_s: Sequence[float], confidence: float = 0.95
-) -> Ratio:
-    """Speed-up of a variant over its baseline from paired times: the geometric mean of baseline ÷
-    variant.
+def ratio(baseline_s: Sequence[float], variant_s: Sequence[float]) -> Ratio:
+    """Speed-up of a variant over its baseline from paired times: geometric mean of the ratios.
 
     Its interval is Student's t on the log ratios of the pairs, which are taken as independent;
     tokens within one run are not (Student 1908, Biometrika 6:1; on logs as in Fleming and Wallace
-    1986, CACM 29:3).
+    1986, CACM 29:3). Where one of the two has more runs, the pairs are the first ones of both.
+
+    Raises ValueError without any pair.
     """
-    if len(baseline_s) != len(variant_s) or not len(baseline_s):
+    pairs = min(len(baseline_s), len(variant_s))
+    if not pairs:
         raise ValueError(
             f"pairs needed: {len(baseline_s)} baseline and {len(variant_s)} variant times"
         )
-    logs = np.log(baseline_s) - np.log(variant_s)
-    mean, n = float(np.mean(logs)), len(logs)
-    if n == 1:
-        return Ratio(math.exp(mean), None, None)
-    half = float(
-        np.std(logs, ddof=1) / math.sqrt(n) * scipy.stats.t.ppf((1 + confidence) / 2, n - 1)
-    )
-    return Ratio(math.exp(mean), math.exp(mean - half), math.exp(mean + half))
+    logs = np.log(baseline_s[:pairs]) - np.log(variant_s[:pairs])
+    value = math.exp(float(np.mean(logs)))
+    if pairs == 1:
+        return Ratio(value, None, None)
+    if np.ptp(logs) < 1e-9:  # all alike: nothing to estimate a spread from
+        return Ratio(value, value, value)
+    interval = scipy.stats.ttest_1samp(logs, 0.0).confidence_interval(0.95)
+    return Ratio(value, math.exp(interval.low), math.exp(interval.high))
 
 
 def spread(values: Sequence[float]) -> float:
@@ -282,20 +423,26 @@ def spread(values: Sequence[float]) -> float:
     return float((high - low) / middle)
 
 
-def warnings(latency_s: Sequence[float], baseline_s: Sequence[float]) -> list[str]:
-    """Sentences for a record when its runs, or its baseline's, moved by more than a tenth."""
-    found = []
-    if latency_s and spread(latency_s) > SPREAD_LIMIT:
-        found.append(
-            f"unstable: spread of the runs {spread(latency_s):.0%} (interquartile range over median)"
+def instabilities(series: Series, baseline: Series | None = None) -> list[str]:
+    """Sentences for a row whose runs moved by more than a tenth, or whose machine did."""
+    sentences = []
+    if not series.runs:
+        return sentences
+    if spread(series.latency_s) > SPREAD_LIMIT:
+        sentences.append(
+            f"unstable: spread of the runs {spread(series.latency_s):.0%} "
+            "(interquartile range over median)"
         )
-    half = len(baseline_s) // 2
-    if (
-        half
-        and (drift := abs(math.log(np.median(baseline_s[:half]) / np.median(baseline_s[-half:]))))
-        > SPREAD_LIMIT
-    ):
-        found.append(
-            f"the machine drifted: first and second half of the baseline's runs differ by {drift:.0%}"
-        )
-    return found
+    reference = (baseline or series).latency_s
+    half = len(reference) // 2
+    if half:
+        drift = abs(math.log(np.median(reference[:half]) / np.median(reference[-half:])))
+        if drift > SPREAD_LIMIT:
+            sentences.append(
+                "the machine drifted: first and second half of the baseline's runs differ by "
+                f"{drift:.0%}"
+            )
+    busy = float(np.median(series.busy_share)) if series.busy_share else 0.0  # of other engines
+    if busy > BUSY_LIMIT:
+        sentences.append(f"measured beside others, which took {busy:.0%} of the cores")
+    return sentences

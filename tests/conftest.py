@@ -1,5 +1,6 @@
 """Fixtures: a lesson run once with small numbers, a lesson's own functions, tiny random models."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -20,29 +21,44 @@ from helpers.series import run
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items):
+    """What runs a notebook is marked so: CI's quick job leaves it out."""
+    for item in items:
+        if "run_lesson" in item.fixturenames:
+            item.add_marker(pytest.mark.notebook)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ran:
+    """A lesson that was executed: its records, how it ran, and the folder with all that it left."""
+
+    records: list[results.Record]
+    run: results.Run
+    folder: Path
+
+
 @pytest.fixture(scope="session")
 def run_lesson(tmp_path_factory):
-    """run_lesson("NN_name", **parameters) -> Results: executed once a session, small numbers, own
+    """run_lesson("NN_name", **parameters) -> Ran: executed once a session, small numbers, own
     folder.
     """
     done = {}
 
-    def run_once(name: str, **parameters):
+    def run_once(name: str, **parameters) -> Ran:
         notebook = run.NOTEBOOKS / f"{name}.ipynb"
-        given = {
-            k: v for k, v in run.SMOKE.items() if k in run.known_parameters(notebook)
-        } | parameters
-        key = (name, json.dumps({k: v for k, v in given.items() if v != "auto"}, sort_keys=True))
+        given = run.smoke_parameters(notebook) | parameters
+        key = (name, json.dumps(parameters, sort_keys=True))
         if key not in done:
             folder = tmp_path_factory.mktemp(name)
-            places = {
-                "RESULTS_DIR": str(folder / "results"),
-                "FIGURES_DIR": str(folder / "figures"),
-            }
+            given["RESULTS_DIR"] = str(folder / "results")
+            given["FIGURES_DIR"] = str(folder / "figures")
             os.environ["SEVEN_PROFILE"] = "smoke"
-            run.execute(notebook, folder / f"{name}.ipynb", given | places)
-            done[key] = results.load(next((folder / "results").glob(f"*/{name}.json")))
-            done[key].__dict__["folder"] = folder
+            try:
+                run.execute(notebook, folder / f"{name}.ipynb", given)
+            finally:
+                del os.environ["SEVEN_PROFILE"]
+            file = results.read(next((folder / "results").glob(f"*/*/smoke/{name}.json")))
+            done[key] = Ran(file.records, file.run, folder)
         return done[key]
 
     return run_once

@@ -4,14 +4,16 @@ round trips.
 
 import copy
 import functools
+import os
+from pathlib import Path
 
 import gguf
 import psutil
 import pytest
 import torch
 
+import helpers
 from helpers import machine, memory, models, timing
-from helpers.series import run
 from helpers.workers import engine_process
 
 LESSON = "03_quantization"
@@ -94,12 +96,12 @@ def test_predicted_bytes_are_held(lesson, tiny_llama, options, scheme):
     assert memory.weight_bytes(net) == expected
 
 
-def test_the_twin_computes_the_same_off_the_grid(tiny_llama):
+def test_the_twin_computes_the_same_off_the_grid(lesson, tiny_llama):
     net = models.load(tiny_llama)
     with torch.no_grad():
         for p in net.parameters():  # stand on a grid, with norms and biases that are not trivial
             p.copy_((p * 4096).round() / 4096 + (p.ndim == 1) * 0.25)
-    twin = models.off_grid_twin(net, seed=1, scale=0.3)
+    twin = lesson["off_grid_twin"](net, seed=1, scale=0.3)
     ids = torch.randint(0, 1000, (2, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         here, there = net(ids).logits, twin(ids).logits
@@ -112,9 +114,9 @@ def test_the_twin_computes_the_same_off_the_grid(tiny_llama):
     ).all()  # the original is left alone
 
 
-def test_other_architectures_have_no_twin(tiny_falcon):
+def test_other_architectures_have_no_twin(lesson, tiny_falcon):
     with pytest.raises(NotImplementedError, match="falcon"):
-        models.off_grid_twin(models.load(tiny_falcon))
+        lesson["off_grid_twin"](models.load(tiny_falcon))
 
 
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_falcon"])
@@ -126,7 +128,7 @@ def test_llamacpp_reads_the_file_back(lesson, request, tmp_path, model):
         for p in net.parameters():  # stronger layers: else a tiny random model repeats one token
             p.mul_(6 if p.ndim == 2 else 1)
     prompt = torch.tensor([[11, 222, 3333, 44, 5]])
-    expected = timing.greedy(net, prompt, 12)().ids
+    expected = timing.generate(net, prompt, 12).ids
     path = tmp_path / "f32.gguf"
     written(lesson, net, path, "f32", prompt)
     worker = lesson["Worker"]("llamacpp", path, machine.cores(), 20, 32)  # an exact cache
@@ -134,6 +136,7 @@ def test_llamacpp_reads_the_file_back(lesson, request, tmp_path, model):
     peak = worker.peak()
     worker.close()
     assert peak.peak_bytes > peak.resident_before_bytes > 0
+    assert peak.load_peak_bytes > peak.resident_before_bytes
     assert worker.process.returncode == 0
     assert found.ids == expected and len(set(expected[0])) > 3
     assert found.stamps_s == sorted(found.stamps_s) and found.prompt_tokens == 5
@@ -148,6 +151,16 @@ def test_an_engine_that_does_not_answer_is_ended(lesson, monkeypatch, tmp_path):
         for child in psutil.Process().children()
         if "engines_03.py" in " ".join(child.cmdline())
     ]
+
+
+def test_an_engine_imports_the_helpers_that_started_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONPATH", "of-the-reader")
+    script = tmp_path / "engine.py"
+    script.write_text("import json, os; print(json.dumps(os.environ['PYTHONPATH']), flush=True)")
+    process = engine_process.Process(script)
+    process.close()
+    above_helpers = Path(helpers.__file__).resolve().parent.parent
+    assert process.ready.split(os.pathsep) == [str(above_helpers), "of-the-reader"]
 
 
 @pytest.mark.parametrize("bits", ["f32", "f16", "q8", "q4"])
@@ -255,13 +268,19 @@ def check_records(found, twin: bool):
         assert kept[name].status == "ok", kept[name].reason
         assert kept[name].weight_bytes == kept[name].details["predicted_weight_bytes"], name
     assert {kept[n].baseline for n in LADDER[1:]} == {"llamacpp-f32"}
+    for name in LADDER[1:]:
+        assert {pair.baseline for pair in kept[name].pairs} == {"llamacpp-f32"}, name
+        theirs = [pair.baseline_s for pair in kept[name].pairs]
+        assert theirs == kept["llamacpp-f32"].latency_s, name
+    assert [pair.baseline_s for pair in kept["nf4"].pairs] == kept["fp32"].latency_s
+    assert "rebuilt" in kept["llamacpp-q4"].scored_with
     assert kept["llamacpp-f32"].details["same_text_as_fp32"]
     assert kept["nf4-dq"].weight_bytes != kept["nf4"].weight_bytes < kept["int8"].weight_bytes
     assert {r.engine for n, r in kept.items() if n in LADDER} == {"llama.cpp"}
     assert kept["nf4"].details["scored_on"] == ("off-grid twin" if twin else "the model itself")
     assert kept["llamacpp-f32"].peak_bytes >= kept["llamacpp-f32"].weight_bytes
     steps = [r for r in found.records if r.sweep == "batch_size"]
-    assert {r.batch_size for r in steps} == set(run.SMOKE["BATCH_SIZES"])
+    assert {r.batch_size for r in steps} == set(found.run.parameters["BATCH_SIZES"])
     assert all(
         r.details["dequantize_s"] + r.details["fused_s"] > 0
         for r in steps
@@ -271,6 +290,7 @@ def check_records(found, twin: bool):
     assert all(r.reason for r in found.records if r.status != "ok")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_falcon"])
 def test_lesson_runs_on_other_architectures(run_lesson, request, model):
     found = run_lesson(LESSON, MODEL=request.getfixturevalue(model))

@@ -265,7 +265,7 @@ def test_recovery_is_counted_against_the_tuned_dense_model(lesson):
     assert both_gained_alike["recovered_beyond_domain_share"] == pytest.approx(0.0)
 
 
-@pytest.mark.parametrize("which", ["auto", "tiny_falcon"])
+@pytest.mark.parametrize("which", ["auto", pytest.param("tiny_falcon", marks=pytest.mark.slow)])
 def test_the_lesson_finds(run_lesson, request, which):
     found = run_lesson(LESSON, MODEL=which if which == "auto" else request.getfixturevalue(which))
     by_id = {r.id: r for r in found.records}
@@ -285,8 +285,32 @@ def test_the_lesson_finds(run_lesson, request, which):
         assert by_id[name].details["reload_same"] is True
     half = by_id["csr-50-storage-1"].weight_bytes / by_id["dense-storage-1"].weight_bytes
     assert half == pytest.approx(1.0, abs=0.08)
-    if found.machine.gpus == []:
+    if by_id["dense"].device == "cpu":
         assert by_id["2:4-storage-1"].status == "unsupported" and by_id["2:4-storage-1"].reason
+
+
+def test_a_matrix_kernel_has_seconds_and_no_tokens(run_lesson):
+    rows = [r for r in run_lesson(LESSON, MODEL="auto").records if r.sweep == "storage"]
+    assert len(rows) == 12
+    for r in rows:
+        assert r.tokens_per_s is None and r.prefill_tokens_per_s is None and r.new_tokens is None
+        assert (r.status == "ok") == bool(r.latency_s and r.weight_bytes)
+        assert r.baseline == (None if r.variant == "dense" else f"dense-storage-{input_rows(r)}")
+        assert r.status != "ok" or r.baseline is None or r.speedup
+
+
+def input_rows(record) -> int:
+    return record.details["input_rows"]
+
+
+def test_every_share_is_paired_with_the_dense_model_of_its_own_race(run_lesson):
+    by_id = {r.id: r for r in run_lesson(LESSON, MODEL="auto").records}
+    dense = by_id["dense-share"]
+    for r in by_id.values():
+        if r.sweep == "share" and r is not dense:
+            assert r.baseline == "dense-share"
+            assert [pair.baseline_s for pair in r.pairs] == dense.latency_s
+            assert r.eval_tokens == dense.eval_tokens
 
 
 def test_on_a_real_model_wanda_beats_magnitude(run_lesson):

@@ -4,8 +4,9 @@ import importlib.util
 import json
 import os
 import signal
+import subprocess
 import sys
-import time
+import sysconfig
 
 import nbformat
 import numpy as np
@@ -141,6 +142,7 @@ def test_prediction_adds_work_messages_and_bytes(lesson):
 CUTS = [("fsdp", (2,)), ("tp", (1, 1)), ("offload", (1,))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "nodes"), CUTS, ids=["fsdp", "tp on two nodes", "offload"])
 def test_every_strategy_finds_what_one_process_finds(launched, strategy, nodes):
     (whole,) = launched("single", (1,))
@@ -150,6 +152,7 @@ def test_every_strategy_finds_what_one_process_finds(launched, strategy, nodes):
         assert np.allclose(rank["nll"], whole["nll"], atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "nodes"), CUTS[:2], ids=["fsdp", "tp on two nodes"])
 def test_bytes_are_split_and_the_ledger_holds(launched, lesson, tiny_llama, strategy, nodes):
     found, weights = launched(strategy, nodes), memory.weight_bytes(models.load(tiny_llama))
@@ -186,32 +189,32 @@ def marked(tmp_path, monkeypatch):
     return living
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("blow", "said", "within_s"),
+    ("blow", "said"),
     [
-        (signal.SIGKILL, "rank 1 was ended by SIGKILL", 10),
-        (signal.SIGSTOP, "rank 1 ended with exit code 1", WAIT_S + 10),
+        (signal.SIGKILL, "rank 1 was ended by SIGKILL"),
+        (signal.SIGSTOP, "rank 1 ended with exit code 1"),
     ],
     ids=["killed", "hanging"],
 )
-def test_a_lost_rank_ends_all_in_the_stated_time_and_is_named(
-    tmp_path, tiny_llama, marked, blow, said, within_s
-):
+def test_a_lost_rank_ends_all_and_is_named(tmp_path, tiny_llama, marked, blow, said):
+    """Ended by what the ranks find out of each other, long before the deadline would end them."""
     struck = []
 
     def strike(line):  # once the model is loaded and both ranks generate
         if line.startswith("[rank1]: ") and "MB of weights here" in line and not struck:
             marked(RANK="1")[0].send_signal(blow)
-            struck.append(time.monotonic())
+            struck.append(line)
 
     with pytest.raises(processes.ServingError, match=said) as caught:
         processes.run(
             *commands(job_file(tmp_path, tiny_llama, "tp", 100_000), (2,)),
-            timeout_s=120,
+            timeout_s=400,
             env=LOOPBACK,
             on_line=strike,
         )
-    assert struck and time.monotonic() - struck[0] < within_s
+    assert struck and "was not done within" not in str(caught.value)
     assert not marked()
     if blow == signal.SIGSTOP:
         assert "did not answer its peers" in str(caught.value) and '  File "' in str(caught.value)
@@ -268,7 +271,7 @@ def test_lesson_finds_the_same_text_and_the_ledger(run_lesson):
 
 
 def test_lesson_shows_the_failing_rank_and_what_it_ran(run_lesson):
-    cells = nbformat.read(run_lesson(LESSON).__dict__["folder"] / f"{LESSON}.ipynb", 4).cells
+    cells = nbformat.read(run_lesson(LESSON).folder / f"{LESSON}.ipynb", 4).cells
     said = "".join(o.get("text", "") for c in cells if c.cell_type == "code" for o in c.outputs)
     assert "A rank dies" in said and "ValueError: this rank came upon" in said
     assert "A rank hangs" in said and "did not answer its peers" in said
@@ -278,6 +281,7 @@ def test_lesson_shows_the_failing_rank_and_what_it_ran(run_lesson):
     )
 
 
+@pytest.mark.slow
 def test_indivisible_degree_is_refused_before_anything_starts(run_lesson):
     with pytest.raises(
         Exception, match="9 attention heads and 3 key/value heads cannot be divided by 2"
@@ -285,8 +289,22 @@ def test_indivisible_degree_is_refused_before_anything_starts(run_lesson):
         run_lesson(LESSON, TP_RANKS=2)
 
 
+@pytest.fixture
+def other_python(tmp_path):
+    """Another environment's Python: it borrows the packages of this one, but not the project, which
+    is installed here by a file that a borrowed folder does not bring.
+    """
+    folder = tmp_path / "other"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    (site_packages,) = folder.glob("lib/python*/site-packages")
+    (site_packages / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
+    return str(folder / "bin" / "python")
+
+
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-def test_vllm_over_two_ranks_finds_the_same_text(lesson, tmp_path):
+def test_vllm_over_two_ranks_of_another_environment_finds_the_same_text(
+    lesson, tmp_path, other_python
+):
     torch.manual_seed(0)
     whole = LlamaForCausalLM(
         LlamaConfig(
@@ -304,12 +322,12 @@ def test_vllm_over_two_ranks_finds_the_same_text(lesson, tmp_path):
     whole.save_pretrained(folder)
     models.tokenizer().save_pretrained(folder)
     jobs = lesson["launch_07"].Jobs(
-        str(folder), "", PROMPT, [], NEW, 0, 1, "cpu", WAIT_S, 200, str(tmp_path)
+        str(folder), "", PROMPT, [], NEW, 0, 1, "cpu", WAIT_S, 200, str(tmp_path), other_python
     )
     (found,) = jobs.vllm("two", 2, "mp")
     assert (
         found["runs"][0]["ids"]
-        == timing.greedy(models.load(str(folder)), torch.tensor([PROMPT]), NEW)().ids
+        == timing.generate(models.load(str(folder)), torch.tensor([PROMPT]), NEW).ids
     )
     assert len(found["runs"][0]["stamps_s"]) == NEW
     assert sum(found["own_bytes"]) == pytest.approx(memory.weight_bytes(whole), rel=0.01)

@@ -5,14 +5,17 @@ fill at once.
 import concurrent.futures
 import json
 import os
+import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from helpers import models
+from helpers import models, timing
 
 
 def test_the_default_model_speaks():
@@ -126,3 +129,110 @@ def test_the_manifest_lists_every_file():
     assert set(json.loads((folder / "manifest.json").read_text())) == {
         p.name for p in folder.iterdir()
     } - {"manifest.json"}
+
+
+# ---- what a checkpoint may bring along
+
+
+def copy_of(folder: str, target) -> str:
+    shutil.copytree(folder, target)
+    return str(target)
+
+
+def change(path, **values) -> None:
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(content | values))
+
+
+def by_argmax(net, ids: torch.Tensor, count: int) -> list[int]:
+    with torch.no_grad():
+        for _ in range(count):
+            ids = torch.cat([ids, net(ids).logits[:, -1:].argmax(-1)], dim=1)
+    return ids[0, -count:].tolist()
+
+
+@pytest.mark.parametrize(
+    "shipped",
+    [
+        {"repetition_penalty": 1.6, "do_sample": True, "temperature": 0.7, "top_k": 20},
+        {"num_beams": 3},
+        {"min_new_tokens": 2, "eos_token_id": [0, 1]},
+        {"no_repeat_ngram_size": 2, "suppress_tokens": [5, 6]},
+        {"max_time": 0.0, "stop_strings": "a"},
+    ],
+)
+def test_greedy_means_one_thing_whatever_a_checkpoint_ships(tiny_llama, tmp_path, shipped):
+    folder = copy_of(tiny_llama, tmp_path / "model")
+    change(tmp_path / "model" / "generation_config.json", **shipped)
+    net = models.load(folder)
+    ids = torch.tensor([[5, 60, 700, 5, 60]])
+    assert timing.generate(net, ids, 12).ids == [by_argmax(net, ids, 12)]
+
+
+def test_a_checkpoint_that_was_tuned_without_a_cache_gets_one(tiny_llama, tmp_path):
+    folder = copy_of(tiny_llama, tmp_path / "model")
+    change(tmp_path / "model" / "config.json", use_cache=False)
+    change(tmp_path / "model" / "generation_config.json", use_cache=False)
+    net = models.load(folder)
+    lengths = []
+    net.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    timing.generate(net, torch.tensor([[5, 60, 700]]), 4)
+    assert lengths == [3, 1, 1, 1]
+
+
+def test_an_eos_that_the_tokenizer_appends_is_dropped():
+    class Appends:
+        eos_token_id = 2
+
+        def __call__(self, text, return_tensors=None):
+            ids = [7, 8, 2]
+            return types.SimpleNamespace(input_ids=torch.tensor([ids]) if return_tensors else ids)
+
+    assert models.prompt_ids(Appends(), "a b").tolist() == [[7, 8]]
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model."])
+def test_renamed_weights_are_refused(tiny_llama, tmp_path, prefix):
+    folder = copy_of(tiny_llama, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    weights = load_file(path)
+    save_file({prefix + name: value for name, value in weights.items()}, path, {"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"lacks \d+ weights of the model, the first of them"
+    ) as error:
+        models.load(folder)
+    assert "random" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_layer_is_refused(tiny_llama, tmp_path):
+    folder = copy_of(tiny_llama, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    weights = {name: value for name, value in load_file(path).items() if "layers.1.mlp" not in name}
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 3 weights .*model\.layers\.1\.mlp"):
+        models.load(folder)
+
+
+def test_a_quantized_checkpoint_is_refused(tiny_llama, tmp_path):
+    folder = copy_of(tiny_llama, tmp_path / "model")
+    change(
+        tmp_path / "model" / "config.json",
+        quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True},
+    )
+    with pytest.raises(ValueError, match="is quantized already: name the original"):
+        models.resolve(folder)
+
+
+def test_an_adapter_is_refused(tmp_path):
+    change(tmp_path / "adapter_config.json", peft_type="LORA")
+    with pytest.raises(ValueError, match="is an adapter"):
+        models.resolve(str(tmp_path))
+
+
+def test_a_home_folder_and_spaces_are_understood(tiny_llama, tmp_path, monkeypatch):
+    copy_of(tiny_llama, tmp_path / "my models é")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert models.resolve("~/my models é") == str(tmp_path / "my models é")
+    assert models.identity("~/my models é") == ("my models é", None)

@@ -2,83 +2,134 @@
 properties: test_NN_*.)
 """
 
+import json
 import os
 import shutil
+import subprocess
+import sys
 
+import nbformat
+import papermill
 import pytest
 
-from helpers import results
-from helpers.series import report, run
+from helpers import machine, results
+from helpers.series import claims, report, run, stamps
 
-LESSONS = sorted(p.stem for p in run.NOTEBOOKS.glob("*.ipynb"))[:-1]
+LESSONS = [path.stem for path in run.notebooks()[:-1]]
+COMPARISON = run.notebooks()[-1]
+KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
 
+@pytest.mark.notebook
 @pytest.mark.parametrize("name", LESSONS)
 def test_a_lesson_leaves_plausible_records(name, run_lesson):
-    found = run_lesson(name)
-    assert any(r.status == "ok" and r.sweep is None for r in found.records)
-    assert any(r.baseline for r in found.records)
-    assert found.run.profile == "smoke"
-    for record in found.records:
-        if record.status != "ok":
-            continue
+    lesson = run_lesson(name)
+    assert any(record.status == "ok" and record.sweep is None for record in lesson.records)
+    assert any(record.baseline for record in lesson.records)
+    assert lesson.run.profile == "smoke" and lesson.run.finished
+    failed = [(record.id, record.reason) for record in lesson.records if record.status == "failed"]
+    assert not failed
+    for record in lesson.records:
         if record.latency_s and record.inter_token_s:
-            assert sum(record.ttft_s) + sum(record.inter_token_s) <= sum(record.latency_s) * 1.001
+            stamped_s = sum(record.ttft_s) + sum(record.inter_token_s)
+            assert stamped_s <= sum(record.latency_s) * 1.001
         if record.perplexity:
-            assert 1 < record.perplexity < 1e6 and record.eval_tokens > 0 and record.eval_text
+            assert 1 < record.perplexity < 1e6 and record.eval_tokens > 0
+            assert record.eval_text and record.scored_with
         if record.speedup_ci95 and record.speedup:
             assert record.speedup_ci95[0] <= record.speedup <= record.speedup_ci95[1]
         if record.kl_divergence is not None:
             assert record.kl_divergence > -1e-6
+        if record.moved_bytes_per_s:
+            assert record.step_bytes and record.decode_tokens_per_s
 
 
-def test_the_comparison_draws_what_the_lessons_left(tmp_path, run_lesson):
+@pytest.mark.notebook
+def test_the_comparison_draws_what_the_lessons_left(tmp_path, run_lesson, monkeypatch):
+    monkeypatch.setenv("SEVEN_PROFILE", "smoke")
     folder = tmp_path / "results"
     for name in LESSONS:
-        run_lesson(name)
-        shutil.copytree(run_lesson(name).__dict__["folder"] / "results", folder, dirs_exist_ok=True)
-    damaged = next(folder.glob(f"*/{LESSONS[-1]}.json"))
-    damaged.write_text(
-        damaged.read_text()[:200]
-    )  # one file is cut short: the others are drawn all the same
+        shutil.copytree(run_lesson(name).folder / "results", folder, dirs_exist_ok=True)
+        monkeypatch.setenv("SEVEN_PROFILE", "smoke")
+    damaged = next(folder.glob(f"*/*/smoke/{LESSONS[-1]}.json"))
+    damaged.write_text(damaged.read_text()[:200])  # the others are drawn all the same
     out = tmp_path / "08.ipynb"
-    run.execute(
-        run.NOTEBOOKS / "08_comparison.ipynb",
-        out,
-        {"RESULTS_DIR": str(folder), "FIGURES_DIR": str(tmp_path / "figures")},
-    )
-    assert f"{damaged.name} is refused as results" in out.read_text()
-    slug = damaged.parent.name
-    drawn = {p.name for p in (tmp_path / "figures" / slug).iterdir()}
+    places = {"RESULTS_DIR": str(folder), "FIGURES_DIR": str(tmp_path / "figures")}
+    run.execute(COMPARISON, out, places)
+    assert f"{damaged.name} cannot be read as results" in out.read_text()
+    slug = damaged.parent.parent.parent.name
+    figures = tmp_path / "figures" / slug / "SmolLM2-135M-Instruct"
+    drawn = {path.name for path in figures.iterdir()}
     for chart in ("speedup", "memory", "quality_speed", "limit"):
         assert {f"{chart}{ending}" for ending in (".svg", ".pdf", ".png", ".csv", ".txt")} <= drawn
-    caption = (tmp_path / "figures" / slug / "speedup.txt").read_text()
+    caption = (figures / "speedup.txt").read_text()
     assert slug in caption and "SmolLM2" in caption and "new ones" in caption
 
 
+@pytest.mark.notebook
 def test_the_comparison_without_results_says_so(tmp_path):
+    places = {"RESULTS_DIR": str(tmp_path), "FIGURES_DIR": str(tmp_path / "figures")}
     with pytest.raises(Exception, match=r"No results for .*: run the lessons first"):
-        run.execute(
-            run.NOTEBOOKS / "08_comparison.ipynb",
-            tmp_path / "08.ipynb",
-            {"RESULTS_DIR": str(tmp_path), "FIGURES_DIR": str(tmp_path / "figures")},
-        )
+        run.execute(COMPARISON, tmp_path / "08.ipynb", places)
 
 
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ({"NEW_TOKENS": 0}, "NEW_TOKENS=0 must be a whole number"),
-        ({"DEVICE": "toaster"}, "DEVICE='toaster' is no device"),
-        ({"MODEL": "./nowhere"}, "MODEL='./nowhere' is no folder"),
-    ],
-)
-def test_bad_parameters_stop_a_lesson_in_one_sentence(tmp_path, given, said):
-    with pytest.raises(Exception, match=said):
+EIGHTH = {
+    "parameters": """
+MODEL = "auto"
+REPEATS = 2
+RESULTS_DIR = ""
+FIGURES_DIR = ""
+""",
+    "measure": """
+import torch
+from helpers import memory, models, plots, results, timing
+from helpers.timing import Variant, generate
+
+lesson = results.open("09_half_precision", MODEL, {"REPEATS": REPEATS}, device="cpu", seed=0,
+                      results_dir=RESULTS_DIR)
+prompt = models.prompt_ids(models.tokenizer(MODEL), "A technique that nobody has heard of")
+
+
+def variant(dtype):
+    return Variant(lambda: models.load(MODEL, dtype), lambda model: generate(model, prompt, 3))
+
+
+variants = {"whole": variant(torch.float32), "half": variant(torch.float16)}
+timing.measure(variants, "whole", REPEATS, 0, keep=lesson)
+for name in variants:
+    lesson.add(name, peak=memory.peak_of(variants[name]), weight_bytes=1000, dtype=name)
+lesson.finish()
+""",
+    "show": "plots.speedup(lesson.frame(), 'An eighth technique')\nlesson.table()",
+}
+
+
+@pytest.mark.notebook
+def test_an_eighth_technique_is_one_notebook(tmp_path, tiny_llama, monkeypatch):
+    """From a notebook that the project has never seen to the charts of the comparison."""
+    notebook = nbformat.v4.new_notebook()
+    notebook.metadata["kernelspec"] = KERNEL
+    for name, source in EIGHTH.items():
+        tags = ["parameters"] if name == "parameters" else []
+        notebook.cells.append(nbformat.v4.new_code_cell(source, metadata={"tags": tags}))
+    nbformat.write(notebook, tmp_path / "09_half_precision.ipynb")
+    places = {"RESULTS_DIR": str(tmp_path / "results"), "FIGURES_DIR": str(tmp_path / "figures")}
+    given = places | {"MODEL": tiny_llama}
+    run.execute(tmp_path / "09_half_precision.ipynb", tmp_path / "out.ipynb", given)
+    (path,) = (tmp_path / "results").glob("*/*/09_half_precision.json")
+    assert {record.technique for record in results.read(path).records} == {"half_precision"}
+    run.execute(COMPARISON, tmp_path / "08.ipynb", places)
+    (rows,) = (tmp_path / "figures").glob("*/*/speedup.csv")
+    assert "half_precision" in rows.read_text() and rows.with_suffix(".svg").exists()
+
+
+@pytest.mark.notebook
+def test_a_bad_parameter_stops_a_lesson_in_one_sentence(tmp_path):
+    with pytest.raises(Exception, match="NEW_TOKENS=0 must be a whole number"):
         run.execute(
             run.NOTEBOOKS / "02_bfloat16.ipynb",
             tmp_path / "out.ipynb",
-            {"RESULTS_DIR": str(tmp_path / "r")} | given,
+            {"RESULTS_DIR": str(tmp_path / "r"), "NEW_TOKENS": 0},
         )
     assert not list(tmp_path.rglob("*.json"))
 
@@ -95,15 +146,11 @@ def test_a_lossless_format_says_the_same_text(run_lesson):
 
 
 def test_bfloat16_moves_more_than_float16(run_lesson):
-    by_variant = {r.variant: r for r in run_lesson("02_bfloat16").records}
+    by_variant = {record.variant: record for record in run_lesson("02_bfloat16").records}
     assert by_variant["bf16"].kl_divergence > by_variant["fp16"].kl_divergence > 0
-    assert {r.sweep for r in by_variant.values()} == {None, "prompt_tokens"}
-    assert (
-        report.claims(list(by_variant.values()), "bfloat16").loc[
-            "bfloat16 weights take half the memory", "direction"
-        ]
-        == "confirmed"
-    )
+    assert {record.sweep for record in by_variant.values()} == {None, "prompt_tokens"}
+    judged = claims.claims(list(by_variant.values()), "bfloat16")
+    assert judged.loc["bfloat16 weights take half the memory", "direction"] == "confirmed"
 
 
 @pytest.mark.parametrize(
@@ -120,62 +167,153 @@ def test_bad_commands_get_one_sentence(arguments, said, capsys):
     assert said in " ".join(capsys.readouterr().out.split())
 
 
+def small(folder, name: str, source: str) -> None:
+    """A notebook of a parameter and one cell."""
+    notebook = nbformat.v4.new_notebook()
+    notebook.metadata["kernelspec"] = KERNEL
+    notebook.metadata["smoke"] = {"SEED": 5}
+    notebook.cells = [
+        nbformat.v4.new_code_cell("SEED = 0", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(source),
+    ]
+    nbformat.write(notebook, folder / name)
+
+
 def test_a_failed_notebook_fails_the_run_after_the_others(tmp_path, capsys, monkeypatch):
-    import nbformat
-
-    def small(name, source):
-        kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-        nb = nbformat.v4.new_notebook(metadata={"kernelspec": kernel})
-        nb.cells = [
-            nbformat.v4.new_code_cell("SEED = 0", metadata={"tags": ["parameters"]}),
-            nbformat.v4.new_code_cell(source),
-        ]
-        nbformat.write(nb, tmp_path / name)
-
-    small("01_bad.ipynb", "raise ValueError('the thing that failed')")
-    small("02_good.ipynb", "print(SEED)")
+    small(tmp_path, "01_bad.ipynb", "raise ValueError('the thing that failed')")
+    small(tmp_path, "02_good.ipynb", "print('seed', SEED)")
     monkeypatch.setattr(run, "NOTEBOOKS", tmp_path)
-    assert run.main(["--out", str(tmp_path / "out"), "-p", "SEED=7"]) == 1
-    said = capsys.readouterr().out
-    assert "the thing that failed" in " ".join(said.split()) and "ok" in said
-    assert "7" in (tmp_path / "out" / "02_good.ipynb").read_text()
+    monkeypatch.setenv("SEVEN_PROFILE", "full")  # `main` sets it: it is put back afterwards
+    out = tmp_path / "out"
+    assert run.main(["--out", str(out), "-p", "SEED=7"]) == 1
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "the thing that failed" in printed and "ok" in printed
+    assert "seed 7" in (out / "02_good.ipynb").read_text()
+    assert run.main(["--out", str(out), "--profile", "smoke", "--only", "02"]) == 0
+    assert "seed 5" in (out / "02_good.ipynb").read_text()
 
 
-def test_stamping_keeps_the_code_and_refuses_another(tmp_path):
-    import nbformat
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("8", 8), ("1e-3", 0.001), ("[1, 2]", [1, 2]), ("true", True), ("a b", "a b"), ("", "")],
+)
+def test_values_are_what_they_look_like(text, value):
+    assert run.parse_parameters([f"NAME={text}"]) == {"NAME": value}
 
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 + 1")])
-    done = nbformat.from_dict(nb)
-    nbformat.write(nb, tmp_path / "a.ipynb")
-    done.cells[0].outputs = [
+
+def test_folders_belong_to_the_caller(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "config.json").write_text("{}")
+    given = run.parse_parameters(["RESULTS_DIR=mine", "FIGURES_DIR=~/x", "MODEL=tiny"])
+    assert given == {
+        "RESULTS_DIR": str(tmp_path / "mine"),
+        "FIGURES_DIR": str(tmp_path / "home" / "x"),
+        "MODEL": str(tmp_path / "tiny"),
+    }
+    assert run.parse_parameters(["MODEL=Qwen/Qwen2.5-3B"]) == {"MODEL": "Qwen/Qwen2.5-3B"}
+
+
+def executed(notebook) -> nbformat.NotebookNode:
+    """A copy with outputs, as papermill would leave it."""
+    done = nbformat.from_dict(notebook)
+    done.cells[-1].outputs = [
         nbformat.v4.new_output("stream", name="stderr", text="noise"),
         nbformat.v4.new_output("execute_result", {"text/plain": "2"}, execution_count=1),
     ]
-    done.cells[0].execution_count = 1
-    nbformat.write(done, tmp_path / "ran.ipynb")
-    run.stamp(tmp_path / "a.ipynb", tmp_path / "ran.ipynb")
-    stamped = nbformat.read(tmp_path / "a.ipynb", 4)
-    assert (
-        stamped.metadata.stamp.code == run.code_hash(stamped) and len(stamped.cells[0].outputs) == 1
-    )
-    nb.cells[0].source = "2 + 2"
-    nbformat.write(nb, tmp_path / "a.ipynb")
+    done.cells[-1].execution_count = 1
+    return done
+
+
+def test_stamping_keeps_the_code_and_refuses_another(tmp_path):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 + 1")])
+    path, ran = tmp_path / "01_a.ipynb", tmp_path / "ran.ipynb"
+    nbformat.write(notebook, path)
+    nbformat.write(executed(notebook), ran)
+    assert not stamps.is_stale(path)
+    stamps.stamp(path, ran)
+    stamped = nbformat.read(path, 4)
+    assert len(stamped.cells[0].outputs) == 1 and not stamps.is_stale(path)
+    stamped.cells[0].source = "2 + 2"
+    nbformat.write(stamped, path)
+    assert stamps.is_stale(path)
     with pytest.raises(ValueError, match="is not what was executed"):
-        run.stamp(tmp_path / "a.ipynb", tmp_path / "ran.ipynb")
+        stamps.stamp(path, ran)
 
 
+@pytest.mark.parametrize(
+    ("change", "stale"),
+    [
+        ("def f():\n    return 1  # a comment\n", False),
+        ('def f():\n    """A docstring."""\n    return 1\n', False),
+        ("def f():\n    return 2\n", True),
+    ],
+)
+def test_a_stamp_is_of_what_measures(tmp_path, monkeypatch, change, stale):
+    """Comments, docstrings, bootstrap and parameters do not count; a worker of the lesson does."""
+    helpers = tmp_path / "helpers"
+    (helpers / "workers").mkdir(parents=True)
+    for module in stamps.MEASURING:
+        (helpers / f"{module}.py").write_text("x = 1\n")
+    (helpers / "workers" / "engines_03.py").write_text("def f():\n    return 1\n")
+    monkeypatch.setattr(stamps, "HELPERS", helpers)
+    cells = [
+        nbformat.v4.new_code_cell("SEED = 0", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell("1 + 1"),
+    ]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    for name in ("03_a.ipynb", "04_b.ipynb"):
+        nbformat.write(notebook, tmp_path / name)
+        nbformat.write(executed(notebook), tmp_path / "ran.ipynb")
+        stamps.stamp(tmp_path / name, tmp_path / "ran.ipynb")
+        stamped = nbformat.read(tmp_path / name, 4)
+        stamped.cells[0].source = "SEED = 1"
+        nbformat.write(stamped, tmp_path / name)
+    (helpers / "workers" / "engines_03.py").write_text(change)
+    assert stamps.is_stale(tmp_path / "03_a.ipynb") == stale
+    assert not stamps.is_stale(tmp_path / "04_b.ipynb")  # another lesson's worker
+    (helpers / "timing.py").write_text("x = 2\n")
+    assert stamps.is_stale(tmp_path / "04_b.ipynb")
+
+
+@pytest.mark.notebook
 def test_papermill_alone_runs_a_lesson_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert os.getcwd() == str(tmp_path)
-    import papermill
-
     papermill.execute_notebook(
-        str(run.NOTEBOOKS / "08_comparison.ipynb"),
+        str(COMPARISON),
         "out.ipynb",
         progress_bar=False,
-        parameters={
-            "RESULTS_DIR": str(results.ROOT / "notebooks" / "results"),
-            "FIGURES_DIR": "figures",
-        },
+        parameters={"RESULTS_DIR": str(report.REFERENCE), "FIGURES_DIR": "figures"},
     )
-    assert (tmp_path / "figures" / results.reference_slug() / "speedup.svg").exists()
+    place = report.committed()
+    assert (tmp_path / "figures" / place.machine / place.model / "speedup.svg").exists()
+
+
+@pytest.mark.slow
+def test_a_run_and_then_the_tests_leave_a_checkout_clean(tmp_path):
+    """README's two commands in their order, with small numbers, in a clone of this checkout."""
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", results.ROOT, clone], check=True)
+    environment = os.environ | {"PYTHONPATH": str(clone), "HOME": str(tmp_path)}
+    environment["XDG_CACHE_HOME"] = os.path.expanduser("~/.cache")
+    small_run = ["-m", "helpers.series.run", "--profile", "smoke", "--only", "02", "08"]
+    tests = [
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_report.py",
+        "tests/test_results.py",
+    ]
+    for command in (small_run, tests):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=clone, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    status = ["git", "-C", clone, "status", "--porcelain"]
+    assert subprocess.run(status, capture_output=True, text=True, check=True).stdout == ""
+    left = {path.name for path in (clone / "runs").glob("*/*/smoke/*")}
+    assert {"02_bfloat16.json", "02_bfloat16.ipynb", "08_comparison.ipynb", "figures"} <= left
+    records = json.loads(next((clone / "runs").glob("*/*/smoke/02*.json")).read_text())
+    assert records["machine"]["slug"] == machine.slug()

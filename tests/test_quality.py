@@ -14,9 +14,9 @@ def scored(tiny_llama):
     ids = quality.windows(models.tokenizer(), models.text("evaluation").content, 32, 150)
     found = quality.compare(
         {
-            "base": quality.logits_of(net),
-            "half": quality.logits_of(half),
-            "same": quality.logits_of(net),
+            "base": quality.Forward(net),
+            "half": quality.Forward(half),
+            "same": quality.Forward(net),
         },
         "base",
         ids,
@@ -50,7 +50,7 @@ def test_differences_are_those_of_a_slow_reference(scored):
     net, half, ids, found = scored
     with torch.no_grad():
         p = torch.cat([net(w[None]).logits[0, :-1].double().log_softmax(-1) for w in ids])
-        forward = quality.logits_of(half)
+        forward = quality.Forward(half)
         q = torch.cat([forward(w[None])[0, :-1].double().log_softmax(-1) for w in ids])
     target = ids[:, 1:].flatten()[:, None]
     assert found["half"].nll_delta == pytest.approx(
@@ -110,10 +110,10 @@ def test_wide_accumulation_scores_as_the_machine_itself_does(tiny_llama):
     ids = quality.windows(models.tokenizer(), models.text("evaluation").content, 32, 100)
     with torch.no_grad():
         native = quality.compare(
-            {"base": quality.logits_of(exact), "half": lambda w: net(w).logits}, "base", ids
+            {"base": quality.Forward(exact), "half": lambda w: net(w).logits}, "base", ids
         )
     wide = quality.compare(
-        {"base": quality.logits_of(exact), "half": quality.logits_of(net)}, "base", ids
+        {"base": quality.Forward(exact), "half": quality.Forward(net)}, "base", ids
     )
     native, wide = native["half"], wide["half"]
     assert wide.perplexity == pytest.approx(native.perplexity, rel=2e-3)

@@ -421,6 +421,7 @@ def test_interrupted_run_leaves_nothing(script, mark):
     wait_until(lambda: not marked(mark), "no process is left")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "said"),
     [

@@ -154,7 +154,9 @@ def _meta(name: str):
         if name.lower() in written:
             config = AutoConfig.for_model(**json.loads(written[name.lower()].read_text()))
         else:
-            config = AutoConfig.from_pretrained(models.resolve(name)).get_text_config()
+            config = AutoConfig.from_pretrained(
+                models.resolve(name, quantized=True)
+            ).get_text_config()
         vars(config).pop("quantization_config", None)
         with torch.device("meta"):
             return config, AutoModelForCausalLM.from_config(config)

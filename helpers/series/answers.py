@@ -8,9 +8,8 @@ import math
 
 import pandas as pd
 
-from helpers.schema import Record
+from helpers.results import Record, shares_a_cpu
 from helpers.series import planner
-from helpers.series.claims import shares_a_cpu
 
 GB = 1e9
 MEASURED = {

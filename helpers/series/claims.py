@@ -17,20 +17,12 @@ from pathlib import Path
 import pandas as pd
 
 from helpers import timing
-from helpers.schema import Record
+from helpers.results import Record, interval, shares_a_cpu
 from helpers.series import planner
 
 DATA = Path(__file__).parent.parent / "data"
 ALIKE = 0.05  # two things are alike, or a size is met, within this share
 UNKNOWN = {"here": "–", "direction": "not measured", "size": "–"}
-
-
-def interval(value, ends, form: str = ".2f", unit: str = "") -> str:
-    """A value with its interval, for reading; "–" where there is none."""
-    if value is None or pd.isna(value):
-        return "–"
-    known = ends is not None and ends[0] is not None
-    return format(value, form) + unit + (f" [{ends[0]:{form}}, {ends[1]:{form}}]" if known else "")
 
 
 def claims(records: list[Record], technique: str | None = None) -> pd.DataFrame:
@@ -71,25 +63,42 @@ def _judged(fact: dict, records: list[Record]) -> dict:
     return row | (_verdict(gain, fact["direction"], said) if gain else UNKNOWN)
 
 
-def _verdict(gain: timing.Ratio, direction: str, said: float | None) -> dict:
+def _direction(low: float, high: float, direction: str) -> str:
+    """Does the whole interval say what the article says, the opposite, or neither?"""
+    least, most = {
+        "up": (1.0, math.inf),
+        "down": (0.0, 1.0),
+        "alike": (1 - ALIKE, 1 + ALIKE),
+    }.get(direction, (0.0, math.inf))
+    if direction.startswith("at most "):
+        most = float(direction.removeprefix("at most "))
+    if direction in ("up", "down") and low <= 1 <= high:
+        return "within noise"
+    if least <= low and high <= most:
+        return "confirmed"
+    if high < least or low > most:
+        return "refuted"
+    return "within noise"
+
+
+def _size(low: float, high: float, direction: str, article: float | None) -> str:
+    """Is the effect as large as in the article, within 5 %? A smaller ratio may be the larger."""
+    if article is None:
+        return "–"
+    above = low / (1 + ALIKE) > article
+    below = high * (1 + ALIKE) < article
+    if not above and not below:
+        return "met"
+    return "larger" if above != (direction == "down") else "smaller"
+
+
+def _verdict(gain: timing.Ratio, direction: str, article: float | None) -> dict:
     low, high = gain.low or gain.value, gain.high or gain.value
-    bound = float(direction.removeprefix("at most ")) if direction.startswith("at most") else None
-    holds, fails = (
-        (high <= bound, low > bound)
-        if bound
-        else {
-            "up": (low > 1, high < 1),
-            "down": (high < 1, low > 1),
-            "alike": (1 - ALIKE <= low and high <= 1 + ALIKE, low > 1 + ALIKE or high < 1 - ALIKE),
-        }[direction]
-    )
-    above, below = (low / (1 + ALIKE) > said, high * (1 + ALIKE) < said) if said else (False, False)
-    if direction == "down":
-        above, below = below, above  # a smaller ratio is the larger effect
+    ends = gain[1:] if gain.low else None
     return {
-        "here": interval(gain.value, gain[1:] if gain.low else None, unit="×"),
-        "direction": "confirmed" if holds else "refuted" if fails else "within noise",
-        "size": "–" if said is None else "larger" if above else "smaller" if below else "met",
+        "here": interval(gain.value, ends, unit="×"),
+        "direction": _direction(low, high, direction),
+        "size": _size(low, high, direction, article),
     }
 
 
@@ -102,11 +111,6 @@ def _find(records: list[Record], technique: str, pattern: str) -> Record | None:
         ),
         None,
     )
-
-
-def shares_a_cpu(record: Record) -> bool:
-    """Several ranks that were processes on one machine's CPU."""
-    return record.world_size > 1 and record.details.get("ranks_on", record.device[:3]) == "cpu"
 
 
 def _speed(one: Record, other: Record) -> timing.Ratio | None:

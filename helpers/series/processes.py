@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from urllib.request import getproxies_environment
 
 import psutil
 
@@ -260,8 +261,17 @@ def _start(
         encoding="utf-8",
         errors="replace",
         start_new_session=True,
-        env={**os.environ, **ENVIRONMENT, "TMPDIR": str(scratch), **env},
+        env={**os.environ, **ENVIRONMENT, **_unproxied(), "TMPDIR": str(scratch), **env},
     )
+
+
+def _unproxied() -> dict[str, str]:
+    """So that no proxy sees what goes over loopback, a run's key in it; the user's own exceptions
+    stay.
+    """
+    excepted = [getproxies_environment().get("no", ""), HOST, "localhost"]
+    value = ",".join(excepted).lstrip(",")
+    return {"NO_PROXY": value, "no_proxy": value}
 
 
 def _supervise(scratch: str, commands: list[list[str]]) -> int:

@@ -1,11 +1,11 @@
-"""`python -m helpers.series.run`: papermill over all notebooks, progress, a summary table, the
-stamps of a reference run.
+"""`python -m helpers.series.run`: papermill over the notebooks, progress, a summary table.
+
+Results, charts and executed copies go to `runs/<machine>/<model>/`, which git does not track. A
+reference run writes into the tracked folders instead, and stamps the notebooks.
 """
 
 import argparse
 import ast
-import datetime
-import hashlib
 import os
 import sys
 import time
@@ -18,45 +18,12 @@ from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
 from rich.table import Table
 
-from helpers import machine, results
+from helpers import machine, models, results
+from helpers.series import stamps
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-NOTEBOOKS = ROOT / "notebooks"
-MEASURING = ("timing.py", "memory.py", "quality.py")
-SMOKE = {  # small numbers for a quick run; each notebook takes those that are among its parameters
-    "NEW_TOKENS": 3,
-    "REPEATS": 2,
-    "WARMUP": 0,
-    "EVAL_TOKENS": 48,
-    "PREFILL_TOKENS": 16,
-    "SWEEP_REPEATS": 1,
-    "SWEEP_TOKENS": 60,
-    "PROMPT_LENGTHS": [16, 64],
-    "ORIGINAL_TOKENS": 40,
-    "DEEP_TOKENS": 40,
-    "CALIBRATION_TOKENS": 48,
-    "MIGRATION": [0.5],
-    "GROUP_SIZES": [32],
-    "BATCH_SIZES": [1, 4],
-    "TRAIN_STEPS": 8,
-    "TRAIN_BATCH": 1,
-    "TRAIN_LENGTH": 96,
-    "TASK_STEPS": 3,
-    "FORGET_TOKENS": 40,
-    "SERVE_TOKENS": 8,
-    "SERVE_REQUESTS": 1,
-    "SPARSITY_PERCENT": [30, 50],
-    "TRY_VLLM": False,
-    "TRY_RAY": False,
-    "REQUESTS": 6,
-    "SLOTS": 2,
-    "MEAN_TOKENS": 6,
-    "CAP_TOKENS": 12,
-    "SHARED_TOKENS": 160,
-    "RATES": [2, 8],
-    "LOAD_REQUESTS": 4,
-}
-PROFILES = {"full": {}, "smoke": SMOKE}
+NOTEBOOKS = stamps.NOTEBOOKS
+FOLDERS = ("RESULTS_DIR", "FIGURES_DIR")  # parameters that name a folder
+PROFILES = ("full", "smoke")
 
 
 def notebooks(only: list[str] | None = None) -> list[Path]:
@@ -64,18 +31,24 @@ def notebooks(only: list[str] | None = None) -> list[Path]:
 
     Raises ValueError in one sentence for an entry that fits none.
     """
-    found = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
-    for entry in only or []:
-        if not any(path.name.startswith(entry) for path in found):
-            raise ValueError(
-                f"--only {entry}: no notebook begins so; there are {', '.join(p.stem for p in found)}."
-            )
-    return [p for p in found if not only or any(p.name.startswith(entry) for entry in only)]
+    paths = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    if not only:
+        return paths
+    for entry in only:
+        if not any(path.name.startswith(entry) for path in paths):
+            names = ", ".join(path.stem for path in paths)
+            raise ValueError(f"--only {entry}: no notebook begins so; there are {names}.")
+    return [path for path in paths if path.name.startswith(tuple(only))]
 
 
 def known_parameters(notebook: Path) -> set[str]:
     """Names in a notebook's cell tagged `parameters`."""
     return set(papermill.inspect_notebook(str(notebook)))
+
+
+def smoke_parameters(notebook: Path) -> dict:
+    """The small numbers of a quick run, as the notebook's metadata hold them."""
+    return dict(nbformat.read(notebook, 4).metadata.get("smoke", {}))
 
 
 def execute(notebook: Path, out: Path, parameters: dict, progress: bool = False) -> None:
@@ -98,23 +71,25 @@ def execute(notebook: Path, out: Path, parameters: dict, progress: bool = False)
 
 def definitions(name: str) -> dict:
     """A notebook's imports, functions, classes and literal constants by name, nothing else run: for
-    tests and bench.
+    tests and benchmarks.
     """
-    found = {"__name__": name}
+    namespace = {"__name__": name}
     for cell in nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells:
-        if cell.cell_type != "code" or cell.source.lstrip().startswith("try:\n    import helpers"):
+        if cell.cell_type != "code" or "bootstrap" in cell.metadata.get("tags", []):
             continue
+        if cell.source.startswith("%%"):
+            continue
+        lines = cell.source.splitlines()
         source = "\n".join(
-            "pass" if line.lstrip().startswith(("%", "!")) else line
-            for line in cell.source.splitlines()
+            "pass" if line.lstrip().startswith(("%", "!")) else line for line in lines
         )
-        keep = [node for node in ast.parse(source).body if _is_definition(node)]
-        exec(compile(ast.Module(keep, []), f"{name}.ipynb", "exec"), found)
-    return found
+        body = [node for node in ast.parse(source).body if _is_definition(node)]
+        exec(compile(ast.Module(body, []), f"{name}.ipynb", "exec"), namespace)
+    return namespace
 
 
 def _is_definition(node: ast.stmt) -> bool:
-    if isinstance(node, ast.Assign):
+    if isinstance(node, ast.Assign) and all(isinstance(t, ast.Name) for t in node.targets):
         try:
             ast.literal_eval(node.value)
         except ValueError:
@@ -123,71 +98,69 @@ def _is_definition(node: ast.stmt) -> bool:
     return isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef))
 
 
-def code_hash(notebook: nbformat.NotebookNode) -> str:
-    """SHA-256 over the code cells' sources, in order."""
-    code = "\0".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
-    return hashlib.sha256(code.encode()).hexdigest()
-
-
-def measuring_hash() -> str:
-    """SHA-256 over the measuring helpers (timing, memory, quality)."""
-    return hashlib.sha256(
-        b"\0".join((ROOT / "helpers" / n).read_bytes() for n in MEASURING)
-    ).hexdigest()
-
-
-def stamp(notebook: Path, executed: Path) -> None:
-    """Put the outputs of an executed copy into the notebook itself, with a stamp that says what
-    produced them.
-    """
-    ours, ran = nbformat.read(notebook, 4), nbformat.read(executed, 4)
-    if [c.source for c in ours.cells] != [c.source for c in ran.cells]:
-        raise ValueError(f"{notebook.name} is not what was executed: run it again.")
-    for cell, done in zip(ours.cells, ran.cells, strict=True):
-        if cell.cell_type == "code":
-            cell.outputs = [_without_ids(o) for o in done.outputs if not _is_noise(o)]
-            cell.execution_count = done.execution_count
-    ours.metadata["stamp"] = {
-        "code": code_hash(ours),
-        "measuring": measuring_hash(),
-        "machine": machine.slug(),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-    }
-    results.write_atomically(notebook, nbformat.writes(ours) + "\n")
-
-
-def _is_noise(output) -> bool:
-    return output.output_type == "stream" and output.name == "stderr"
-
-
-def _without_ids(output):
-    for mime in [m for m in output.get("data", {}) if "widget" in m]:
-        del output.data[mime]
-    return output
-
-
 def parse_parameters(pairs: list[str]) -> dict:
-    """["NAME=value", ...] to a dict, values read as YAML ("8" is a number). Raises ValueError in
-    one sentence.
+    """["NAME=value", ...] to a dict, values read as YAML ("8" is a number, "1e-3" too).
+
+    Folders are taken relative to where the command was given, not to the notebooks' own.
+
+    Raises ValueError in one sentence.
     """
-    found = {}
+    parameters = {}
     for pair in pairs:
-        name, equals, value = pair.partition("=")
+        name, equals, text = pair.partition("=")
         if not equals or not name.isidentifier():
             raise ValueError(f"-p {pair}: write it as NAME=value.")
-        found[name] = yaml.safe_load(value)
-    return found
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"-p {pair}: the value cannot be read as YAML.") from error
+        if isinstance(value, str):
+            value = _number_or_path(name, value)
+        parameters[name] = "" if value is None else value
+    return parameters
+
+
+def _number_or_path(name: str, value: str):
+    """YAML 1.1 reads 1e-3 as a string, which nobody means; and a path belongs to the caller."""
+    try:
+        return float(value)
+    except ValueError:
+        pass
+    path = Path(value).expanduser()
+    is_model = name == "MODEL" and (path / "config.json").is_file()
+    if value and (name in FOLDERS or is_model or value.startswith(("./", "../", "~"))):
+        return str(path.resolve())
+    return value
 
 
 def check_parameters(chosen: list[Path], given: dict) -> None:
     """An unknown parameter is an error (papermill alone only logs it): some chosen notebook must
     know it.
     """
-    known = set().union(*(known_parameters(path) for path in chosen))
-    if unknown := sorted(set(given) - known):
+    known = set()
+    for path in chosen:
+        known |= known_parameters(path)
+    unknown = sorted(set(given) - known)
+    if unknown:
         raise ValueError(
             f"unknown parameter {', '.join(unknown)}; these are known: {', '.join(sorted(known))}."
         )
+
+
+def run_one(notebook: Path, out: Path, given: dict, profile: str, reference: bool) -> str:
+    """Run one notebook and stamp it in a reference run; returns "ok" or what failed, in a line."""
+    known = known_parameters(notebook)
+    small = smoke_parameters(notebook) if profile == "smoke" else {}
+    parameters = {name: value for name, value in (small | given).items() if name in known}
+    try:
+        execute(notebook, out, parameters, progress=True)
+        if reference:
+            stamps.stamp(notebook, out)
+    except PapermillExecutionError as error:
+        return f"{error.ename}: {error.evalue}".strip().splitlines()[0]
+    except Exception as error:  # a kernel that died, a full disk: the others still run
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return "ok"
 
 
 def run_all(
@@ -196,60 +169,58 @@ def run_all(
     """Run the notebooks one after the other; a failed one does not stop the others. Returns the
     number that failed.
     """
-    rows, failed = [], 0
-    for at, notebook in enumerate(chosen, 1):
-        known = known_parameters(notebook)
-        parameters = {k: v for k, v in (PROFILES[profile] | given).items() if k in known}
-        console.print(f"[bold]{at} of {len(chosen)}[/bold] {notebook.stem}")
-        start, said = time.perf_counter(), "ok"
-        try:
-            execute(notebook, out / notebook.name, parameters, progress=True)
-            if reference:
-                stamp(notebook, out / notebook.name)
-        except PapermillExecutionError as error:
-            said, failed = f"{error.ename}: {error.evalue}".strip().splitlines()[0], failed + 1
-        except Exception as error:  # a kernel that died, a full disk: the others still run
-            said, failed = f"{type(error).__name__}: {error}".splitlines()[0], failed + 1
-        rows.append((notebook.stem, f"{time.perf_counter() - start:.0f} s", said))
     table = Table("notebook", "time", "outcome")
-    for row in rows:
-        table.add_row(*row, style="red" if row[2] != "ok" else "")
-    console.print(table, f"executed copies in {os.path.relpath(out)}")
+    failed = 0
+    for number, notebook in enumerate(chosen, 1):
+        console.print(f"[bold]{number} of {len(chosen)}[/bold] {notebook.stem}")
+        start = time.perf_counter()
+        outcome = run_one(notebook, out / notebook.name, given, profile, reference)
+        seconds = time.perf_counter() - start
+        if outcome != "ok":
+            failed += 1
+        style = "" if outcome == "ok" else "red"
+        table.add_row(notebook.stem, f"{seconds:.0f} s", outcome, style=style)
+    console.print(table)
+    where = given.get("RESULTS_DIR", "")
+    console.print(f"executed copies in {os.path.relpath(out)}")
+    console.print(f"results below {os.path.relpath(results.base_folder(where))}")
     return failed
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m helpers.series.run", description="Run the notebooks on this machine."
-    )
-    parser.add_argument(
-        "--only", nargs="+", metavar="NN", help="notebooks whose name begins so: --only 01 03"
-    )
-    parser.add_argument(
-        "--profile", choices=PROFILES, default="full", help="smoke: small numbers, minutes in all"
-    )
+    parser = argparse.ArgumentParser(prog="python -m helpers.series.run", description=__doc__)
+    parser.add_argument("--only", nargs="+", metavar="NN", help="notebooks that begin so: 01 03")
+    parser.add_argument("--profile", choices=PROFILES, default="full", help="smoke: small numbers")
     parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=value")
-    parser.add_argument("--out", type=Path, help="folder of the executed copies (runs/<machine>)")
-    parser.add_argument(
-        "--reference", action="store_true", help="write the outputs into notebooks/ and stamp them"
-    )
-    asked = parser.parse_args(arguments)
+    parser.add_argument("--out", type=Path, help="folder of the executed copies")
+    parser.add_argument("--reference", action="store_true", help="write into notebooks/, stamped")
+    options = parser.parse_args(arguments)
     console = Console()
     try:
-        given = parse_parameters(asked.parameters)
-        if asked.reference and (given or asked.profile != "full"):
+        given = parse_parameters(options.parameters)
+        if options.reference and (given or options.profile != "full"):
             raise ValueError("--reference runs the notebooks as they stand: no -p, no --profile.")
-        chosen = notebooks(asked.only)
+        chosen = notebooks(options.only)
         check_parameters(chosen, given)
+        os.environ["SEVEN_PROFILE"] = "reference" if options.reference else options.profile
         results.check(given.get("RESULTS_DIR", ""))
-    except ValueError as error:
+        models.resolve(given.get("MODEL", "auto"))
+        device = machine.pick_device(given.get("DEVICE", "auto"))
+        folder = results.model_folder(given.get("MODEL", "auto"), device)
+    except (ValueError, FileNotFoundError) as error:
         console.print(f"[red]{error}[/red]")
         return 2
-    os.environ["SEVEN_PROFILE"] = asked.profile
-    out = asked.out or ROOT / "runs" / machine.slug()
-    return (
-        1 if run_all(chosen, given, asked.profile, out.resolve(), asked.reference, console) else 0
-    )
+    out = options.out
+    if out is None:
+        below = folder.relative_to(results.base_folder())
+        out = results.ROOT / "runs" / below if options.reference else folder
+    failed = run_all(chosen, given, options.profile, out.resolve(), options.reference, console)
+    stale = [path.stem for path in chosen if options.reference and stamps.is_stale(path)]
+    if stale:
+        console.print(
+            f"[red]outputs that are not of the code as it stands: {', '.join(stale)}[/red]"
+        )
+    return 1 if failed or stale else 0
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ supervisor, for lesson 06.
 """
 
 import http.client
+import itertools
 import json
 import time
 import urllib.error
@@ -134,7 +135,8 @@ def summary(found: dict, ttft_limit_s: float, token_limit_s: float) -> dict:
         first <= ttft_limit_s and (not gaps or np.mean(gaps) <= token_limit_s)
         for first, gaps in good
     ]
-    waits, between = [first for first, _ in good], [gap for _, gaps in good for gap in gaps]
+    waits = [first for first, _ in good]
+    between = list(itertools.chain.from_iterable(gaps for _, gaps in good))
     row = {
         "failed_requests": len(found["ttfts"]) - len(good),
         "goodput_per_s": sum(kept) / found["duration"],

@@ -3,16 +3,19 @@ and 06.
 """
 
 import json
+import os
 import select
 import subprocess
 import sys
+from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent.parent  # the folder that holds `helpers`
 LIMIT_S = 600.0  # longest wait for an answer, loading included
 
 
 class Process:
     """One of the scripts beside this file, started; its first line is kept as `ready`, and it ends
-    with its input.
+    with its input. It can import `helpers`, also where that is not installed.
 
     Raises NotImplementedError when it cannot start, or does not answer within LIMIT_S; it is ended
     then.
@@ -20,9 +23,13 @@ class Process:
 
     def __init__(self, script, *arguments):
         command = [sys.executable, script, *map(str, arguments)]
+        import_folders = [str(ROOT)]
+        if "PYTHONPATH" in os.environ:
+            import_folders.append(os.environ["PYTHONPATH"])
         self.process = subprocess.Popen(
             command,
             text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(import_folders)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

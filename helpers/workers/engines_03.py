@@ -22,8 +22,8 @@ def status(field: str) -> int:
 
 
 def llamacpp(path: str, threads: int, tokens: int, cache_bits: int = 16) -> tuple[Callable, dict]:
-    """A function that generates with llama.cpp, greedily and without its prompt cache; and what is
-    known of it.
+    """A function that generates with llama.cpp, greedily and without its prompt cache; and facts
+    about it.
 
     tokens : the longest text, prompt included.
     cache_bits : 16 for keys and values as llama.cpp has them; 32 is exact, and slow, since its
@@ -68,13 +68,13 @@ def llamacpp(path: str, threads: int, tokens: int, cache_bits: int = 16) -> tupl
         }
 
     return generate, {
-        "before": before,
+        "resident_before_bytes": before,
         "gpus": sum("GPU" in str(d.get("type", d)) for d in engine.get_device_info()),
     }
 
 
 def openvino(path: str, threads: int) -> tuple[Callable, dict]:
-    """A function that generates greedily with OpenVINO GenAI; and what is known of it."""
+    """A function that generates greedily with OpenVINO GenAI; and facts about it."""
     import numpy
     import openvino
     import openvino_genai as engine
@@ -100,30 +100,33 @@ def openvino(path: str, threads: int) -> tuple[Callable, dict]:
             max_new_tokens=new_tokens, ignore_eos=True, do_sample=False, apply_chat_template=False
         )
         stamps = Stamps()
-        found = pipe.generate(openvino.Tensor(numpy.array([prompt])), config, stamps)
+        output = pipe.generate(openvino.Tensor(numpy.array([prompt])), config, stamps)
         return {
             "latency_s": time.perf_counter() - stamps.start,
             "stamps_s": stamps.times,
-            "ids": [list(found.tokens[0])],
+            "ids": [list(output.tokens[0])],
             "prompt_tokens": len(prompt),
         }
 
-    return generate, {"before": before, "gpus": 0}
+    return generate, {"resident_before_bytes": before, "gpus": 0}
 
 
 def main(engine: str, path: str, *numbers: str) -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # the engine's own lines go elsewhere
-    generate, known = {"llamacpp": llamacpp, "openvino": openvino}[engine](path, *map(int, numbers))
-    print(json.dumps(known), file=out, flush=True)
+    generate, facts = {"llamacpp": llamacpp, "openvino": openvino}[engine](path, *map(int, numbers))
+    facts["load_peak_bytes"] = status("VmHWM")
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # from here on the peak is that of generating
+    print(json.dumps(facts), file=out, flush=True)
     for line in sys.stdin:
-        found = generate(*json.loads(line))
-        found |= known | {
-            "peak": status("VmHWM"),
-            "file": status("RssFile"),
-            "anonymous": status("RssAnon"),
+        answer = generate(*json.loads(line))
+        answer["peak_bytes"] = status("VmHWM")
+        answer["details"] = {
+            "anonymous_bytes": status("RssAnon"),
+            "file_bytes": status("RssFile"),
         }
-        print(json.dumps(found), file=out, flush=True)
+        print(json.dumps(answer), file=out, flush=True)
 
 
 if __name__ == "__main__":

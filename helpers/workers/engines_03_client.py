@@ -17,8 +17,9 @@ class Worker(Process):
     """An engine in a process of its own, asleep unless asked; called, it generates and gives the
     stamps.
 
-    arguments : those of `engines_03.py`, the engine's name first. Raises NotImplementedError (see
-        `Process`).
+    arguments : those of `engines_03.py`, the engine's name first.
+
+    Raises NotImplementedError (see `Process`).
     """
 
     def __init__(self, *arguments):
@@ -38,10 +39,11 @@ class Worker(Process):
         )
 
     def peak(self) -> memory.Peak:
-        """The process's own peak, as of its last generation."""
+        """The process's own peaks, while it loaded and up to its last generation."""
         return memory.Peak(
-            self.last["before"],
-            self.last["peak"],
+            self.ready["resident_before_bytes"],
+            self.last["peak_bytes"],
+            self.ready["load_peak_bytes"],
             "process VmHWM",
-            {"anonymous_bytes": self.last["anonymous"], "file_bytes": self.last["file"]},
+            self.last["details"],
         )

@@ -53,9 +53,11 @@ def openvino(path: str, threads: int, slots: int, tokens: int) -> tuple[Callable
             now = time.perf_counter() - start
             for answer, handle in zip(found, handles, strict=True):
                 while handle.can_read():
-                    new = [i for part in handle.read().values() for i in part.generated_ids]
-                    answer[1:3] = answer[1:3] if answer[0] else (begun, now)
-                    answer[0], answer[3] = answer[0] + new, now
+                    if not answer[0]:
+                        answer[1:3] = begun, now
+                    for part in handle.read().values():
+                        answer[0] += part.generated_ids
+                    answer[3] = now
         return found
 
     number, cache = (

@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 import torch
 
-from helpers import quality
+from helpers import memory, quality
 
 ARCHITECTURES = {
     "llama": "LLAMA",
@@ -36,19 +36,18 @@ def refuse(config) -> None:
 
 
 def write_header(writer: gguf.GGUFWriter, config, end_id: int) -> None:
-    """The architecture, and token ids in the place of words: tokenization stays with transformers."""
+    """The architecture, and token ids instead of words: tokenization stays with transformers."""
     heads, falcon = config.num_attention_heads, config.model_type == "falcon"
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.ffn_hidden_size if falcon else config.intermediate_size)
     writer.add_head_count(heads)
-    writer.add_head_count_kv(
-        (1 if config.multi_query else config.num_kv_heads) if falcon else config.num_key_value_heads
-    )
-    writer.add_layer_norm_eps(
-        config.layer_norm_epsilon
-    ) if falcon else writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_head_count_kv(memory.kv_heads(config))
+    if falcon:
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    else:
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(
         getattr(config, "head_dim", None) or config.hidden_size // heads
     )
@@ -87,11 +86,19 @@ def unpack(codes: dict, model):
     return model
 
 
-def forward(codes: dict, rebuilt) -> Callable[[torch.Tensor], torch.Tensor]:
+class Rebuilt:
     """A function from token ids to logits for `quality.compare`: before each call the codes are
-    rebuilt as floats into `rebuilt`, a model of the same shape that several may share.
+    rebuilt as floats into `model`, one of the same shape that several may share.
     """
-    return lambda ids: quality.logits_of(unpack(codes, rebuilt))(ids)
+
+    scored_with = "weights rebuilt as floats, in transformers"
+
+    def __init__(self, codes: dict, model):
+        self.codes = codes
+        self.model = model
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        return quality.Forward(unpack(self.codes, self.model))(ids)
 
 
 def unlikely(model, prompt: torch.Tensor) -> int:

@@ -12,9 +12,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import scipy.stats
 
-from helpers import machine, memory, quality, results, timing
+from helpers import machine, quality, results, timing
 from helpers.series import processes
 
 WORKERS = Path(__file__).parent
@@ -28,6 +27,8 @@ RANKS = {
 ENGINES = {
     **RANKS,
     "VLLM_HOST_IP": "127.0.0.1",
+    # FlashInfer's sampler is compiled at the start, with a CUDA toolkit; greedy needs none of it
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     # to ask its workers how many bytes of weights they hold
@@ -39,7 +40,9 @@ ENGINES = {
 
 @dataclasses.dataclass
 class Jobs:
-    """What all launches of a lesson share. `model` is a folder or a name, `place` "cpu" or "cuda"."""
+    """What all launches of a lesson share. `model` is a folder or a name, `place` "cpu" or "cuda",
+    `vllm_python` the Python that has vLLM.
+    """
 
     model: str
     text: str
@@ -52,6 +55,7 @@ class Jobs:
     wait_s: float
     limit_s: float
     folder: str
+    vllm_python: str = sys.executable
 
     def write(self, name: str, **more) -> Path:
         """The job's file: everything that a worker has to know."""
@@ -107,6 +111,16 @@ class Jobs:
         )
         return self.read(name, ranks)
 
+    def helpers_alone(self) -> str:
+        """A folder with this package and nothing else, for another environment's PYTHONPATH: where
+        the package is installed, the folder that it lies in holds this environment's torch too.
+        """
+        folder = Path(self.folder, "helpers-alone")
+        if not folder.exists():
+            folder.mkdir()
+            (folder / "helpers").symlink_to(WORKERS.parent)
+        return str(folder)
+
     def vllm(self, name: str, ranks: int, executor: str, **more) -> list[dict]:
         """Run vLLM on so many ranks, its scheduler in the script itself; a CPU's cores are shared
         out by name.
@@ -119,10 +133,11 @@ class Jobs:
         )
         job = self.write(name, ranks=ranks, executor=executor, **more)
         processes.run(
-            [sys.executable, WORKERS / "vllm_07.py", job],
+            [self.vllm_python, WORKERS / "vllm_07.py", job],
             timeout_s=self.limit_s,
             env={
                 **ENGINES,
+                "PYTHONPATH": self.helpers_alone(),
                 "VLLM_CPU_OMP_THREADS_BIND": bind,
                 "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
                 "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -135,31 +150,17 @@ class Jobs:
         """Start a Ray cluster of this machine with a served model, ask it, end it."""
         job = self.write(name, port=processes.free_port(), cores=max(4, machine.cores()))
         processes.run(
-            [sys.executable, WORKERS / "ray_07.py", job],
+            [self.vllm_python, WORKERS / "ray_07.py", job],
             timeout_s=self.limit_s,
             on_line=lambda line: None,
             env={
                 **ENGINES,
+                "PYTHONPATH": self.helpers_alone(),
                 "VLLM_CPU_OMP_THREADS_BIND": "nobind",
                 "RAY_AUTH_TOKEN": secrets.token_hex(32),
             },
         )
         return self.read(name)[0]
-
-
-def held_bytes(model) -> int:
-    """Bytes of weights that a vLLM worker holds; on a CPU a packed matrix is out of sight, its
-    sizes are not.
-    """
-    packed = [
-        m
-        for m in model.modules()
-        if hasattr(m, "input_size_per_partition") and not m.weight.numel()
-    ]
-    sizes = (
-        m.input_size_per_partition * m.output_size_per_partition * m.weight.itemsize for m in packed
-    )
-    return memory.weight_bytes(model) + sum(sizes)
 
 
 def reason(error: processes.ServingError) -> str:
@@ -180,17 +181,13 @@ def scored(mine: dict, whole: dict, seq_len: int) -> quality.Quality:
     """What a rank scored; against one process, unless it is that: paired by window, Student's t as
     in `quality`.
     """
-    found = quality.Quality(np.array(mine["nll"]), len(mine["best"]), seq_len)
+    scores = quality.Quality(np.array(mine["nll"]), len(mine["best"]), seq_len)
     if mine is not whole:
-        change, windows = np.subtract(mine["nll"], whole["nll"]), len(mine["nll"])
-        found.nll_delta, found.agreement = (
-            float(change.mean()),
-            float(np.mean(np.equal(mine["best"], whole["best"]))),
-        )
-        if windows > 1:
-            half = float(change.std(ddof=1) / windows**0.5 * scipy.stats.t.ppf(0.975, windows - 1))
-            found.nll_delta_ci95 = (found.nll_delta - half, found.nll_delta + half)
-    return found
+        differences = np.subtract(mine["nll"], whole["nll"])
+        scores.nll_delta = float(differences.mean())
+        scores.nll_delta_ci95 = quality.interval(differences)
+        scores.agreement = float(np.mean(np.equal(mine["best"], whole["best"])))
+    return scores
 
 
 def source(script: str, function: str) -> str:

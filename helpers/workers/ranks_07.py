@@ -61,7 +61,7 @@ def load_part(job: dict, device: str):
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if job["strategy"] == "tp":
         return models.load(
-            job["model"], device_map=None, distributed_config=DistributedConfig(tp_plan="auto")
+            job["model"], device_map=None, distributed_config=DistributedConfig(tp_size=ranks)
         )
     if job["strategy"] == "devices":
         return models.load(job["model"], device_map="balanced")
@@ -96,16 +96,14 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
         if "c10d" in function.namespace and ("reduce" in name or "gather" in name):
-            message = [
-                t
-                for a in args
-                for t in (a if isinstance(a, list) else [a])
-                if isinstance(t, torch.Tensor)
-            ]
-            message = message[
-                -1
-            ].nbytes  # of a gather, this rank's part: outputs come before inputs
-            self.sent += message * (self.ranks - 1) * (1 if "gather" in name else 2 / self.ranks)
+            tensors = []
+            for argument in args:
+                tensors += argument if isinstance(argument, list) else [argument]
+            tensors = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
+            # of a gather, this rank's part: outputs come before inputs
+            message = tensors[-1].nbytes
+            share = 1 if "gather" in name else 2 / self.ranks
+            self.sent += message * (self.ranks - 1) * share
             self.messages += 1
         return function(*args, **(kwargs or {}))
 
@@ -179,34 +177,38 @@ def generate(job: dict, device: str, ranks: int) -> dict:
     """Load this rank's part; then memory (and bytes sent), speed, communication's time and quality,
     a pass for each.
     """
-    made, traffic = {}, Traffic(ranks)
+    prompt = torch.tensor([job["prompt"]])
+    traffic = Traffic(ranks)
+    loaded = []  # the model stays: every rank loads its part once
+    wire_bytes = []
 
-    def counted():
+    def load():
+        loaded.append(load_part(job, device))
+        return loaded[0]
+
+    def call(model) -> timing.Generation:
+        return timing.generate(model, prompt, job["new_tokens"])
+
+    def counted(model) -> None:
         before = loopback_bytes()
         with traffic if ranks > 1 else contextlib.nullcontext():
-            made["call"]()
-        made["wire_bytes"] = loopback_bytes() - before
+            call(model)
+        wire_bytes.append(loopback_bytes() - before)
 
-    def factory():
-        made["model"] = load_part(job, device)
-        made["call"] = timing.greedy(
-            made["model"], torch.tensor([job["prompt"]]), job["new_tokens"]
-        )
-        return counted
-
-    peak = memory.peak_of(factory, device)
-    print(f"{own_bytes(made['model']) / 1e6:.0f} MB of weights here", flush=True)
-    runs = [dataclasses.asdict(made["call"]()) for _ in range(job["warmup"] + job["repeats"])]
-    found = {"peak": dataclasses.asdict(peak), "runs": runs, "own_bytes": own_bytes(made["model"])}
+    peak = memory.peak_of(timing.Variant(load, counted), device)
+    model = loaded[0]
+    print(f"{own_bytes(model) / 1e6:.0f} MB of weights here", flush=True)
+    runs = [dataclasses.asdict(call(model)) for _ in range(job["warmup"] + job["repeats"])]
+    outcome = {"peak": dataclasses.asdict(peak), "runs": runs, "own_bytes": own_bytes(model)}
     if ranks > 1:
-        found |= {
+        outcome |= {
             "sent": traffic.sent,
             "messages": traffic.messages,
-            "wire_bytes": made["wire_bytes"],
-            "share": communication_share(made["call"]),
+            "wire_bytes": wire_bytes[0],
+            "share": communication_share(lambda: call(model)),
         }
     print(f"{runs[-1]['latency_s']:.2f} s a generation", flush=True)
-    return found | score(made["model"], job["windows"], device)
+    return outcome | score(model, job["windows"], device)
 
 
 def break_down(how: str, rank: int, ranks: int) -> dict:
@@ -235,7 +237,7 @@ def call_on_silent(store, rank: int, ranks: int, wait_s: float) -> None:
     are made to end, and waited for: who ends first is named.
     """
     store.set(f"waits-{rank}", "")
-    time.sleep(2)  # the others' collective times out now too
+    time.sleep(wait_s / 4)  # the others' collective times out now too
     silent = [n for n in range(ranks) if not store.check([f"waits-{n}"])]
     print(f"no answer from rank {silent} within {wait_s:g} s", file=sys.stderr, flush=True)
     known = [json.loads(store.get(f"process-{n}")) for n in silent]

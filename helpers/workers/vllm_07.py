@@ -1,5 +1,8 @@
 """vLLM alone or tensor parallel, for lesson 07: `python vllm_07.py JOB.json`; every step of the
 engine is stamped.
+
+It may run in an environment of vLLM's own (VLLM_PYTHON), so of `helpers` it imports only what needs
+nothing beyond vLLM's own requirements.
 """
 
 import json
@@ -31,13 +34,27 @@ def engine(job: dict) -> LLM:
     )
 
 
+def held_bytes(model) -> int:
+    """Bytes of weights that a vLLM worker holds; on a CPU a packed matrix is out of sight, its
+    sizes are not.
+    """
+    packed = [
+        m
+        for m in model.modules()
+        if hasattr(m, "input_size_per_partition") and not m.weight.numel()
+    ]
+    sizes = (
+        m.input_size_per_partition * m.output_size_per_partition * m.weight.itemsize for m in packed
+    )
+    return memory.weight_bytes(model) + sum(sizes)
+
+
 def main() -> None:
-    from helpers.workers.launch_07 import (
-        held_bytes,
-    )  # vLLM comes first, and this file is no module to its workers
+    # vLLM's workers import what they are asked for by its name, and this file's is __main__ here
+    from helpers.workers.vllm_07 import held_bytes
 
     job = json.loads(Path(sys.argv[1]).read_text())
-    before = memory.tree_pss(os.getpid())["pss_bytes"]
+    before = memory.tree_pss(os.getpid())
     llm = engine(job)
     weights = llm.apply_model(held_bytes)  # asked of each worker
     print(
@@ -67,7 +84,7 @@ def main() -> None:
         "runs": runs,
         "own_bytes": weights,
         "before": before,
-        "tree": memory.tree_pss(os.getpid())["pss_bytes"],
+        "tree": memory.tree_pss(os.getpid()),
     }
     Path(job["folder"], f"{job['name']}-0.json").write_text(json.dumps(found))
 

@@ -30,10 +30,15 @@ def measure() -> list[tuple[str, timing.Ratio, float]]:
     net, ids = models.load(), models.tokenizer()(PROMPT, return_tensors="pt").input_ids
     bandwidth, own = limits.Bandwidth(), {}
 
-    def call(bits: str) -> timing.Generation:
-        found = workers[bits](ids, NEW_TOKENS)
-        own.setdefault(bits, []).append(1 / workers[bits].last["own_tokens_per_s"])
-        return found
+    def through(bits: str) -> timing.Variant:
+        """A file's engine, which counts its own tokens/s too."""
+
+        def run(worker) -> timing.Generation:
+            generation = worker(ids, NEW_TOKENS)
+            own.setdefault(bits, []).append(1 / worker.last["own_tokens_per_s"])
+            return generation
+
+        return timing.Variant(lambda: workers[bits], run)
 
     with tempfile.TemporaryDirectory() as folder:
         workers = {}
@@ -48,23 +53,20 @@ def measure() -> list[tuple[str, timing.Ratio, float]]:
                 workers[bits] = lesson["Worker"](
                     "llamacpp", path, machine.cores(), ids.shape[1] + NEW_TOKENS
                 )
-            found = timing.measure(
-                {"fp32": lambda: timing.greedy(net, ids, NEW_TOKENS)}
-                | {bits: functools.partial(functools.partial, call, bits) for bits in workers},
-                "fp32",
-                PAIRS,
-                between=bandwidth,
+            variants = {bits: through(bits) for bits in workers}
+            variants["fp32"] = timing.Variant(
+                lambda: net, lambda model: timing.generate(model, ids, NEW_TOKENS)
             )
+            found = timing.measure(variants, "fp32", PAIRS, between=bandwidth)
         finally:
             for worker in workers.values():
                 worker.close()
     runs = {name: decode_s(series.runs) for name, series in found.items()}
     best = max(("q8", "q4"), key=lambda bits: timing.ratio(runs["fp32"], runs[bits]).value)
     cache = memory.kv_cache_bytes(net.config, ids.shape[1] + NEW_TOKENS // 2, bytes_per_number=2)
-    limit_s = [
-        1 / limits.decode_limit(memory.weight_bytes(net), cache, b)
-        for b in bandwidth.samples[-PAIRS:]
-    ]
+    step_bytes = memory.weight_bytes(net) + cache
+    rounds = len(runs["f32"])
+    limit_s = [1 / limits.decode_limit(step_bytes, b) for b in bandwidth.samples[-rounds:]]
     return [
         (
             f"llama.cpp {best} over transformers float32",
@@ -73,7 +75,7 @@ def measure() -> list[tuple[str, timing.Ratio, float]]:
         ),
         (
             f"lesson's clock over llama.cpp's own, {best}",
-            timing.ratio(own[best][-PAIRS:], runs[best]),
+            timing.ratio(own[best][-rounds:], runs[best]),
             0.97,
         ),
         ("llama.cpp f32 over the bandwidth limit", timing.ratio(limit_s, runs["f32"]), 0.6),

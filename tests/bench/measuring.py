@@ -30,10 +30,10 @@ import json, os, torch
 from helpers import memory, models, timing
 ids = models.tokenizer()({prompt!r}, return_tensors="pt").input_ids
 kept = []
-def factory():
+def load():
     kept.append(models.load("auto", torch.float32))
-    return timing.greedy(kept[0], ids, {tokens})
-peak = memory.peak_of(factory)
+    return kept[0]
+peak = memory.peak_of(timing.Variant(load, lambda model: timing.generate(model, ids, {tokens})))
 print(json.dumps(peak.peak_bytes), flush=True)
 os._exit(0)
 """
@@ -42,7 +42,11 @@ os._exit(0)
 def same_generations() -> timing.Ratio:
     """Bare over harness latency of the same calls: one clock inside the call, one around it."""
     ids = models.tokenizer()(PROMPT, return_tensors="pt").input_ids
-    call = timing.greedy(models.load(), ids, NEW_TOKENS)
+    net = models.load()
+
+    def call() -> timing.Generation:
+        return timing.generate(net, ids, NEW_TOKENS)
+
     call()
     inside, around = [], []
     for _ in range(PAIRS):
@@ -68,11 +72,14 @@ def with_and_without_stamps() -> timing.Ratio:
         seconds = time.perf_counter() - start
         return timing.Generation(seconds, [seconds] * SHORT_TOKENS, ids.shape[1])
 
-    found = timing.measure(
-        {"harness": lambda: timing.greedy(net, ids, SHORT_TOKENS), "bare": lambda: bare},
-        "harness",
-        SHORT_PAIRS,
-    )
+    def harness(model) -> timing.Generation:
+        return timing.generate(model, ids, SHORT_TOKENS)
+
+    variants = {
+        "harness": timing.Variant(lambda: net, harness),
+        "bare": timing.Variant(lambda: net, lambda model: bare()),
+    }
+    found = timing.measure(variants, "harness", SHORT_PAIRS)
     return timing.ratio(found["harness"].latency_s, found["bare"].latency_s)
 
 

@@ -36,10 +36,7 @@ def one_round(lessons: list[Path], folder: Path) -> list[str]:
     """Run the lessons once; the names of those that failed."""
     failed = []
     for lesson in lessons:
-        known = run.known_parameters(lesson)
-        given = {k: v for k, v in run.SMOKE.items() if k in known} | {
-            "RESULTS_DIR": str(folder / "results")
-        }
+        given = run.smoke_parameters(lesson) | {"RESULTS_DIR": str(folder / "results")}
         try:
             run.execute(lesson, folder / lesson.name, given)
         except Exception as error:

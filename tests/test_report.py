@@ -1,0 +1,371 @@
+"""report, claims and answers: verdicts from records, README's parts, tables for write-ups."""
+
+import pandas as pd
+import pytest
+from test_results import a_record
+
+from helpers import results
+from helpers.series import answers, claims, report, run
+
+BASE = {
+    "technique": "mixed_precision",
+    "latency_s": [2.0, 2.02, 1.98],
+    "resident_before_bytes": 100,
+    "peak_bytes": 1100,
+    "peak_kind": "process VmHWM",
+}
+
+
+def variant(latency: list[float], peak: int, **fields):
+    pairs = [
+        results.Pair(baseline="fp32", baseline_s=b, variant_s=v)
+        for b, v in zip(BASE["latency_s"], latency, strict=True)
+    ]
+    return a_record(
+        **BASE
+        | {
+            "id": "fp16",
+            "variant": "fp16",
+            "baseline": "fp32",
+            "latency_s": latency,
+            "pairs": pairs,
+            "peak_bytes": peak,
+        }
+        | fields
+    )
+
+
+@pytest.mark.parametrize(
+    ("latency", "peak", "direction", "size", "memory"),
+    [
+        ([1.61, 1.63, 1.60], 600, "confirmed", "met", "confirmed"),
+        ([1.0, 1.01, 0.99], 600, "confirmed", "larger", "confirmed"),
+        ([1.9, 1.915, 1.88], 1900, "confirmed", "smaller", "refuted"),
+        ([4.0, 4.04, 3.97], 600, "refuted", "smaller", "confirmed"),
+        ([2.4, 1.7, 2.0], 600, "within noise", "met", "confirmed"),
+    ],
+)
+def test_claims_follow_the_records(latency, peak, direction, size, memory):
+    found = claims.claims([a_record(**BASE), variant(latency, peak)], "mixed_precision")
+    speed = found.loc["16-bit weights generate faster than 32-bit ones"]
+    assert (speed["direction"], speed["size"]) == (direction, size)
+    assert found.loc["16-bit weights take half the memory", "direction"] == memory
+    assert (
+        found.loc["mixed precision (autocast) is slower than plain float32", "direction"]
+        == "not measured"
+    )
+
+
+@pytest.mark.parametrize(("peak", "size"), [(350, "larger"), (600, "met"), (900, "smaller")])
+def test_the_size_of_a_saving_is_larger_where_less_is_left(peak, size):
+    found = claims.claims([a_record(**BASE), variant([1.6, 1.6, 1.6], peak)], "mixed_precision")
+    assert found.loc["16-bit weights take half the memory", "size"] == size
+
+
+def test_a_claim_of_likeness_needs_a_narrow_interval():
+    def alike(latency):
+        rows = [
+            a_record(**BASE | {"technique": "bfloat16"}),
+            variant([1.5, 1.52, 1.49], 600, technique="bfloat16"),
+            variant(latency, 600, technique="bfloat16", id="bf16", variant="bf16"),
+        ]
+        return claims.claims(rows, "bfloat16").loc["bfloat16 is as fast as float16", "direction"]
+
+    assert alike([1.5, 1.515, 1.495]) == "confirmed"
+    assert alike([1.0, 1.01, 1.0]) == "refuted"
+    assert alike([1.2, 1.9, 1.5]) == "within noise"
+
+
+def verdict_of(identity: str, records) -> pd.Series:
+    facts = pd.read_csv(claims.DATA / "claims.csv").set_index("id")
+    return claims.claims(
+        records,
+        facts.loc[identity, "technique"] if facts.loc[identity, "technique"] != "all" else None,
+    ).loc[facts.loc[identity, "claim"]]
+
+
+@pytest.mark.parametrize(
+    ("delta", "ends", "said"),
+    [
+        (0.1, (0.09, 0.11), "confirmed"),
+        (0.7, (0.6, 0.8), "refuted"),
+        (0.2, (0.1, 0.4), "within noise"),
+    ],
+)
+def test_a_bound_is_kept_by_the_whole_interval(delta, ends, said):
+    rows = [
+        a_record(technique="pruning", id="dense", variant="dense"),
+        a_record(
+            technique="pruning",
+            id="wanda-50",
+            variant="wanda-50",
+            baseline="dense",
+            nll_delta=delta,
+            nll_delta_ci95=ends,
+            details={"zero_share": 0.5},
+        ),
+    ]
+    assert verdict_of("wanda-50-quality", rows)["direction"] == said
+    assert verdict_of("wanda-50-sparsity", rows)["direction"] == "confirmed"
+
+
+def ranks_on(place: str, **fields):
+    device = {"cpu": "cpu", "gpu": "cuda"}[place]
+    base = BASE | {"technique": "multiple_gpus", "device": device}
+    return [
+        a_record(
+            **base
+            | {"id": "single", "variant": "single", "tokens_per_s": 12, "weight_bytes": 538_000_000}
+        ),
+        *(
+            variant(
+                [1.0, 1.01, 0.99] if name != "fsdp-2" else [9.0, 9.1, 9.0],
+                600,
+                technique="multiple_gpus",
+                id=name,
+                variant=name,
+                baseline="single",
+                device=device,
+                world_size=n,
+                speedup=1.0 + n,
+                speedup_ci95=(0.9 + n, 1.1 + n),
+                tokens_per_s=9 * n,
+                details={
+                    "ranks_on": place,
+                    "rank_weight_bytes": 538_000_000 // n,
+                    "rank_peak_bytes": 700,
+                },
+            ).model_copy(
+                update={
+                    "pairs": [
+                        results.Pair(baseline="single", baseline_s=2, variant_s=s)
+                        for s in ((9, 9.1, 9) if name == "fsdp-2" else (1, 1.01, 0.99))
+                    ]
+                }
+            )
+            for name, n in (("fsdp-2", 2), ("tp-3", 3))
+        ),
+    ]
+
+
+def test_claims_about_gpus_need_gpus():
+    identities = ("fsdp-fits", "fsdp-speed", "tp-speed", "tp-over-fsdp")
+    for identity in identities:
+        assert verdict_of(identity, ranks_on("gpu"))["direction"] == "confirmed"
+        assert verdict_of(identity, ranks_on("cpu"))["direction"] == "not measured"
+    assert verdict_of("falcon-degrees", [])["direction"] == "confirmed"  # its configuration says it
+
+
+def test_throughput_may_compare_engines_and_speed_may_not():
+    rows = [
+        a_record(
+            technique="continuous_batching",
+            id=name,
+            variant=name,
+            engine=engine,
+            tokens_per_s=speed,
+        )
+        for name, engine, speed in (
+            ("one-by-one", "transformers", 10),
+            ("static-transformers", "transformers", 20),
+            ("static-vllm", "vllm", 40),
+            ("continuous-vllm", "vllm", 80),
+        )
+    ]
+    found = verdict_of("vllm-throughput", rows)
+    assert (found["here"], found["direction"], found["size"]) == ("4.00×", "confirmed", "smaller")
+    assert verdict_of("continuous-throughput", rows)["here"] == "2.00×"
+    assert claims.RATIOS["speed"](rows[3], rows[1]) is None
+
+
+def test_throughput_counts_work_not_runs():
+    one = a_record(
+        technique="continuous_batching", tokens_per_s=10, latency_s=[1.0, 1.0, 1.0]
+    )  # a part of the work
+    all_ = a_record(
+        technique="continuous_batching", id="b", tokens_per_s=40, latency_s=[2.0, 2.02, 1.98]
+    )
+    gain = claims.RATIOS["throughput"](all_, one)
+    assert gain.value == pytest.approx(4, rel=0.01) and gain.low < 4 < gain.high
+
+
+def test_quality_between_two_variants_is_paired_where_that_was_measured():
+    shared = {"technique": "adapters", "eval_text": "t", "eval_tokens": 9, "eval_seq_len": 4}
+    nf4 = a_record(**shared, id="nf4", variant="nf4", perplexity=20)
+    qlora = a_record(**shared, id="qlora", variant="qlora", perplexity=10)
+    assert verdict_of("qlora-quality", [nf4, qlora])["here"] == "0.50×"
+    paired = qlora.model_copy(
+        update={"details": {"nll_against_nf4": -0.1, "nll_against_nf4_half_ci95": 0.3}}
+    )
+    assert verdict_of("qlora-quality", [nf4, paired])["direction"] == "within noise"
+    other = qlora.model_copy(update={"eval_text": "another"})
+    assert verdict_of("qlora-quality", [nf4, other])["direction"] == "not measured"
+
+
+def test_compromise_is_counted_over_all_records():
+    gain = {"speedup": 1.5, "speedup_ci95": (1.4, 1.6)}
+    free = variant([1.4] * 3, 600, nll_delta=0.0, nll_delta_ci95=(-0.01, 0.01), **gain)
+    paid = variant(
+        [1.4] * 3, 600, id="nf4", variant="nf4", nll_delta=0.3, nll_delta_ci95=(0.2, 0.4), **gain
+    )
+    rows = [a_record(**BASE), free]
+    assert verdict_of("compromise", rows)["direction"] == "refuted"
+    assert verdict_of("compromise", [*rows, paid])["here"] == "1 of 2 faster variants lose quality"
+    assert verdict_of("compromise", rows[:1])["direction"] == "not measured"
+
+
+def test_every_claim_names_its_records_and_source():
+    facts = pd.read_csv(claims.DATA / "claims.csv")
+    assert facts["id"].is_unique and facts["claim"].is_unique
+    assert not facts.drop(columns="article_value").isna().any().any()
+    ratio = facts["quantity"].str.fullmatch(r"[a-z_]+/([a-z_]+|[\d.e]+)")
+    assert (facts["quantity"].isin([*claims.RATIOS, *claims.WHOLE]) | ratio).all()
+    assert facts["direction"].str.fullmatch(r"up|down|alike|at most [\d.]+").all()
+    assert set(facts["technique"]) == {*{path.stem[3:] for path in run.notebooks()[:-1]}, "all"}
+
+
+def test_published_figures_keep_where_they_come_from():
+    rows = pd.read_csv(claims.DATA / "published.csv")
+    assert (
+        not rows[["source", "date", "kind", "technique", "variant", "metric", "value"]]
+        .isna()
+        .any()
+        .any()
+    )
+    assert (
+        set(rows["kind"]) == {"measured", "claim"}
+        and rows.loc[rows["unit"] == "tokens/s", "hardware"].notna().all()
+    )
+
+
+def test_failures_stay_in_the_table_and_the_verdicts():
+    failed = a_record(
+        id="fp16", variant="fp16", baseline="fp32", status="oom", reason="24 GB are not enough"
+    )
+    assert "oom: 24 GB are not enough" in results.table([a_record(), failed]).loc["fp16", "note"]
+    assert results.verdict(failed) == "fp16: oom here (24 GB are not enough)."
+
+
+def test_verdicts_are_computed():
+    fast = a_record(
+        id="fp16",
+        variant="fp16",
+        baseline="fp32",
+        speedup=1.5,
+        speedup_ci95=(1.4, 1.6),
+        nll_delta=0.2,
+        nll_delta_ci95=(0.1, 0.3),
+    )
+    assert "faster, 1.50 [1.40, 1.60] times" in results.verdict(
+        fast
+    ) and "measurably worse" in results.verdict(fast)
+    noisy = fast.model_copy(update={"speedup_ci95": (0.9, 2.5), "nll_delta_ci95": (-0.1, 0.5)})
+    assert "within noise" in results.verdict(noisy) and "no measurable loss" in results.verdict(
+        noisy
+    )
+
+
+def test_readme_is_what_the_committed_results_say():
+    """Whatever this machine's own runs have left: README tells the committed evidence."""
+    text = (report.ROOT / "README.md").read_text()
+    assert text == report.render_readme(text, report.readme_parts(report.committed())), (
+        "make readme"
+    )
+
+
+def test_a_readme_without_its_marks_is_refused():
+    with pytest.raises(ValueError, match="no part <!-- results -->"):
+        report.render_readme("nothing here", {"results": "x"})
+
+
+def write(folder, name, *records) -> None:
+    """A lesson's results as another machine would have them."""
+    file = results.Results(
+        machine=results.machine.describe(),
+        run=results.Run(date="2026-01-02T00:00:00Z", profile="full", commit=None, parameters={}),
+        records=list(records),
+    )
+    results.write_atomically(folder / f"{name}.json", file.model_dump_json(by_alias=True))
+
+
+def test_results_are_found_by_machine_and_model(tmp_path):
+    write(tmp_path / "gpu" / "falcon-7b", "02_bfloat16", a_record())
+    write(tmp_path / "gpu" / "falcon-7b", "01_mixed_precision", a_record())
+    write(tmp_path / "gpu" / "tiny", "02_bfloat16", a_record())
+    write(tmp_path / "gpu" / "tiny" / "smoke", "03_quantization", a_record())
+    found, sentences = report.load([], [], str(tmp_path))
+    (place,) = found.values()
+    assert (place.machine, place.model) == ("gpu", "falcon-7b") and len(place.records) == 2
+    assert "2 lessons with results; none yet of 03_quantization" in sentences[0]
+    assert sentences[1] == "gpu has results of tiny too: name them in MODELS"
+    found, _ = report.load(["gpu"], ["tiny", "falcon-7b"], str(tmp_path))
+    assert list(found) == ["gpu · tiny", "gpu · falcon-7b"]
+    assert report.frame(found)["machine"].unique().tolist() == list(found)
+
+
+def test_a_quick_run_never_stands_among_whole_ones(tmp_path):
+    write(tmp_path / "gpu" / "tiny" / "smoke", "03_quantization", a_record())
+    with pytest.raises(ValueError, match="run the lessons first"):
+        report.load([], [], str(tmp_path))
+
+
+def test_a_machine_without_results_is_one_sentence(tmp_path):
+    write(tmp_path / "gpu" / "tiny", "02_bfloat16", a_record())
+    damaged = tmp_path / "broken" / "tiny" / "02_bfloat16.json"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text('{"schema": 0, "records": []}')
+    with pytest.raises(ValueError, match=r"02_bfloat16.json is refused.*No results of tiny on"):
+        report.load(["broken"], [], str(tmp_path))
+    with pytest.raises(ValueError, match="No results for nowhere: run the lessons first"):
+        report.load(["nowhere"], [], str(tmp_path))
+    with pytest.raises(ValueError, match=r"name one of MACHINES that has some \(broken, gpu\)"):
+        report.load([], [], str(tmp_path))
+
+
+def test_tables_are_written_for_write_ups(tmp_path):
+    rows = [a_record(**BASE), variant([1.6] * 3, 600, speedup=1.24, speedup_ci95=(1.2, 1.3))]
+    report.write_table(results.table(rows), tmp_path, "table")
+    assert pd.read_csv(tmp_path / "table.csv").iloc[1, 0] == "fp16"
+    assert "| fp16" in (tmp_path / "table.md").read_text()
+    text = (tmp_path / "table.tex").read_text()
+    assert r"\toprule" in text and r"1.24$\times$" in text and "×" not in text
+
+
+def measured_rows():
+    """A baseline, 16 bits that lose 1 % of perplexity, and a curve of batches."""
+    base = a_record(**BASE, tokens_per_s=10, perplexity=9, eval_text="t", eval_seq_len=4)
+    half = variant(
+        [1.6] * 3,
+        600,
+        tokens_per_s=12,
+        perplexity=9.1,
+        nll_delta=0.011,
+        nll_delta_ci95=(0.01, 0.012),
+    )
+    batches = [
+        a_record(
+            technique="continuous_batching",
+            id=f"batch-{size}",
+            variant=f"batch-{size}",
+            sweep="batch_size",
+            batch_size=size,
+            tokens_per_s=10 * size,
+        )
+        for size in (1, 16)
+    ]
+    return [base, half, *batches]
+
+
+def test_the_short_answer_is_computed():
+    found = answers.answers(measured_rows(), "falcon-7b", "a100-40gb", 0.05, 0.1)
+    least, single, most = found.iloc[:, 0]
+    assert least.startswith("fp16") and "+1.1% perplexity" in least and single.startswith("fp16")
+    assert most.startswith("batch-16")
+    planned = found.iloc[:, 1]
+    assert planned.iloc[0].startswith("fp16: 14.") and "batches of" in planned.iloc[2]
+    nothing = answers.answers([], "falcon-7b", "a100-40gb", 0.05, 0.1)
+    assert nothing.iloc[:, 0].tolist() == ["not measured"] * 3
+    strict = answers.answers(measured_rows(), "falcon-7b", "a100-40gb", 0.001, 1e-6)
+    assert strict.iloc[0, 0].startswith("fp32") and strict.iloc[2, 1] == "nothing is as fast"
+    with pytest.raises(ValueError, match="nearest are a100"):
+        answers.answers([], "falcon-7b", "a100-48gb", 0.05, 0.1)
