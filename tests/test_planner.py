@@ -532,7 +532,8 @@ def test_command_line_says_what_is_wrong(arguments, capsys):
 def test_forty_billion_parameters_are_planned_in_under_a_gigabyte():
     done = python(
         "-c",
-        "from helpers import memory; from helpers.series import planner; memory.reset_peak(); planner.plan(['falcon-40b']);"
+        "from helpers import memory; from helpers.series import planner; "
+        "memory.reset_peak(); planner.plan(['falcon-40b']);"
         "print(memory.peak_bytes())",
     )  # ru_maxrss would begin at the size of the parent
     assert done.returncode == 0, done.stderr
