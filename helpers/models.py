@@ -72,7 +72,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Dequantize the GGUF file into an ordinary float32 checkpoint: config, tokenizer, safetensors."""
+    """Dequantize the GGUF file into a float32 checkpoint: config, tokenizer, safetensors."""
     source = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )

@@ -439,7 +439,7 @@ def _darken(figure: Figure) -> None:
 
 
 def _in_the_dark(colour):
-    """One colour, or an (n, 4) array of them, with the neutral ones on a scale from ink to paper."""
+    """One colour, or an (n, 4) array of them, the neutral ones on a scale from ink to paper."""
     rgba = to_rgba_array(colour)
     if not rgba[:, 3].any():
         return "none"

@@ -494,6 +494,7 @@ def open(
 
 def _timed(series: timing.Series, baseline: timing.Series | None) -> dict:
     """A record's fields that come from timed runs."""
+    inter_token_s = itertools.chain.from_iterable(run.inter_token_s for run in series.runs)
     values = {
         "status": series.status,
         "reason": series.reason,
@@ -501,7 +502,7 @@ def _timed(series: timing.Series, baseline: timing.Series | None) -> dict:
         "warmup_s": [run.latency_s for run in series.warmup],
         "latency_s": series.latency_s,
         "ttft_s": [run.ttft_s for run in series.runs],
-        "inter_token_s": [gap for run in series.runs for gap in run.inter_token_s],
+        "inter_token_s": list(inter_token_s),
         "busy_share": series.busy_share,
         "warnings": timing.instabilities(series, baseline),
     }

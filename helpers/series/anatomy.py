@@ -73,7 +73,8 @@ class Technique(NamedTuple):
         return self.parts[0] not in ((1, 4), (1, 2))
 
 
-FP32, BITS16, Q8_0, Q6_K = ((1, 4),), ((1, 2),), ((32, 34),), ((256, 210),)
+FP32, BITS16 = ((1, 4),), ((1, 2),)
+Q8_0, Q6_K = ((32, 34),), ((256, 210),)
 AUTOCAST = (*FP32, *BITS16)  # float32 weights and the 16-bit copies that autocast caches
 BLOCKS_OF_64, DOUBLE = (
     ((2, 1), (64, 4)),
@@ -100,7 +101,7 @@ TECHNIQUES = {
 
 
 class Tensors(NamedTuple):
-    """Tensors alike. kind: embedding, head, linear, experts, or other (norms, biases, positions)."""
+    """Tensors alike. kind: embedding, head, linear, experts, or other (norms, biases, …)."""
 
     kind: str
     rows: int
@@ -162,8 +163,8 @@ def _meta(name: str):
             return config, AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{name!r} is no causal language model in a folder here or reachable on the hub; of those "
-            f"written in the project the nearest are {nearest(name, written)}."
+            f"{name!r} is no causal language model in a folder here or reachable on the hub; of "
+            f"those written in the project the nearest are {nearest(name, written)}."
         ) from error
 
 
@@ -192,22 +193,17 @@ def describe(name: str) -> Model:
     config, net = _meta(name)
     embedding, head = net.get_input_embeddings().weight, net.get_output_embeddings().weight
     linear = {id(m.weight) for m in net.modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
-    alike = Counter(
-        (
-            "embedding"
-            if p is embedding
-            else "head"
-            if p is head
-            else "linear"
-            if id(p) in linear
-            else "experts"
-            if p.ndim == 3
-            else "other",
-            p.numel() // p.shape[-1],
-            p.shape[-1],
-        )
-        for p in net.parameters()
-    )
+
+    def kind(parameter: torch.nn.Parameter) -> str:
+        if parameter is embedding:
+            return "embedding"
+        if parameter is head:
+            return "head"
+        if id(parameter) in linear:
+            return "linear"
+        return "experts" if parameter.ndim == 3 else "other"
+
+    alike = Counter((kind(p), p.numel() // p.shape[-1], p.shape[-1]) for p in net.parameters())
     hidden, heads = config.hidden_size, config.num_attention_heads
     experts = _first(config, "num_local_experts", "num_experts", "n_routed_experts", default=1)
     tensors = tuple(Tensors(*key, count) for key, count in alike.items())
@@ -239,7 +235,8 @@ def parameters(model: Model, untied: bool = False) -> dict[str, int]:
     found = Counter(dict.fromkeys(("embedding", "head", "linear", "experts", "other"), 0))
     for t in model.tensors:
         found[t.kind] += t.rows * t.columns * t.count
-    found["head"] += found["embedding"] * (untied and model.tied)
+    if untied and model.tied:
+        found["head"] += found["embedding"]
     return {
         **found,
         "layer": (found["linear"] + found["experts"]) // model.layers,
@@ -252,11 +249,13 @@ def _parts(
 ) -> tuple[tuple[int, int], ...]:
     """The blocks a tensor of this kind is stored in."""
     is_head = kind == "head" or (kind == "embedding" and tied)
-    if (
-        technique.engine == "llama.cpp"
-    ):  # norms stay in 32 bits, the head in 6 or more; a Q6_K block has 256 columns
-        least = Q8_0 if technique.parts == Q8_0 or columns % 256 else Q6_K
-        return FP32 if kind == "other" else least if is_head else technique.parts
+    if technique.engine == "llama.cpp":
+        if kind == "other":  # norms stay in 32 bits
+            return FP32
+        if not is_head:
+            return technique.parts
+        # the head has 6 bits or more; a Q6_K block has 256 columns
+        return Q8_0 if technique.parts == Q8_0 or columns % 256 else Q6_K
     if kind in ("linear", "experts") or (kind == "head" and engine.quantizes_head):
         return technique.parts
     return AUTOCAST if is_head and technique.parts == AUTOCAST else ((1, technique.item),)
@@ -276,7 +275,7 @@ def share(model: Model, gpus: int) -> float:
 
 
 class Stored(NamedTuple):
-    """Tensors alike as an engine keeps them: values in one, bytes of each of its parts, how many."""
+    """Tensors alike as an engine keeps them: values in one, bytes of each part, how many."""
 
     kind: str
     values: int

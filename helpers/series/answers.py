@@ -111,10 +111,10 @@ def _planned(
     """The planner's side: techniques whose loss was measured here, batches in powers of two, on one
     GPU.
     """
-    lost = {technique: loss(r) for technique, name in MEASURED.items() for r in own if r.id == name}
-    lost = {"fp32": 0.0} | {
-        name: share for name, share in lost.items() if share is not None and share <= max_loss
-    }
+    by_id = {record.id: record for record in own}
+    measured = {name: loss(by_id[row]) for name, row in MEASURED.items() if row in by_id}
+    known = {name: share for name, share in measured.items() if share is not None}
+    lost = {"fp32": 0.0} | {name: share for name, share in known.items() if share <= max_loss}
     device, shape, found = planner.gpu(gpu), planner.describe(model), []
     for technique in lost:
         for batch in (2**n for n in range(11)):
@@ -133,7 +133,8 @@ def _planned(
     most = max((f for f in found if f[1] / f[3] <= max_token_s), key=lambda f: f[3], default=None)
     return [
         f"{least[0]}: {least[2] / GB:.1f} GB ± {planner.prediction_error(least[0]):.1%}",
-        f"{fast[0]}: {fast[3]:.0f} tokens/s, {fast[2] / GB:.1f} GB ± {planner.prediction_error(fast[0]):.1%}",
+        f"{fast[0]}: {fast[3]:.0f} tokens/s, {fast[2] / GB:.1f} GB ± "
+        f"{planner.prediction_error(fast[0]):.1%}",
         f"{most[0]} and batches of {most[1]}: {most[3]:,.0f} tokens/s, {most[2] / GB:.1f} GB ± "
         f"{planner.prediction_error(most[0]):.1%}"
         if most

@@ -183,5 +183,6 @@ def pip(*arguments: str) -> None:
         lines = done.stderr.strip().splitlines() or ["no message"]
         reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
         raise RuntimeError(
-            f"pip could not install what is missing ({reason}): see to that, then run this cell again."
+            f"pip could not install what is missing ({reason}): see to that, then run this cell "
+            "again."
         )

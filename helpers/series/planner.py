@@ -78,7 +78,8 @@ def kv_cache(
 
     Sliding windows and latent attention are counted as if they kept all of it.
     """
-    return 2 * model.layers * (kv_heads or model.kv_heads) * model.head_dim * item * batch * length
+    heads = kv_heads or model.kv_heads
+    return 2 * model.layers * heads * model.head_dim * item * batch * length
 
 
 def _cached_heads(model: Model, engine: Engine, gpus: int) -> int:
@@ -134,15 +135,14 @@ def memory(
         batch * min(prompt or length, length) * t.item * (2 * model.hidden + 3 * model.mlp)
     )
     count = parameters(model, e.unties)
+    gathered = t.item * (count["embedding"] + count["head"] + 2 * count["layer"])
     terms = {
         "weight_bytes": weights,
         "rounding_bytes": rounding,
         "kv_cache_bytes": cache * anatomy.share(model, gpus) if sequential else cache,
         "working_bytes": CUBLAS_BYTES + activations + batch * 8 * model.vocabulary,
         "transient_bytes": _transient(tensors, t, e, weights + rounding),
-        "gathered_bytes": t.item
-        * (count["embedding"] + count["head"] + 2 * count["layer"])
-        * (split == "fsdp"),
+        "gathered_bytes": gathered if split == "fsdp" else 0,
     }
     return {
         name: round(value) for name, value in {**terms, "total_bytes": sum(terms.values())}.items()
@@ -213,7 +213,11 @@ def refusal(model: Model, degree: int) -> str | None:
         if size % degree
     ]
     if odd:
-        return f"{model.name} cannot be cut for {degree} GPUs: its {' and '.join(odd)} cannot be divided by {degree}."
+        parts = " and ".join(odd)
+        return (
+            f"{model.name} cannot be cut for {degree} GPUs: its {parts} cannot be divided by "
+            f"{degree}."
+        )
     return None
 
 
@@ -243,7 +247,7 @@ def fewest(
 
 
 def setting(row) -> dict | None:
-    """How a published row was taken, as keywords of `memory`; None where the planner does not know."""
+    """How a published row was taken, as keywords of `memory`; None where that is not known."""
     run = next(
         (run for run in RUNS if row.source.startswith(run[0]) and row.model.startswith(run[1])),
         None,
@@ -360,7 +364,8 @@ def _table(model: Model, frame: pd.DataFrame) -> Table:
     head, cut = ("tied" if model.tied else "untied"), ", ".join(map(str, degrees(model)))
     title = (
         f"{model.name}: {parameters(model)['total'] / 1e9:.3f} G parameters, head {head}; "
-        f"{kv_cache(model, length=1) / 1e3:.1f} KB of keys and values a token; tensor parallel over {cut}"
+        f"{kv_cache(model, length=1) / 1e3:.1f} KB of keys and values a token; "
+        f"tensor parallel over {cut}"
     )
     numbers = ("weights GB", "KV cache GB", "peak GB", "error", "GPUs", "best tokens/s")
     table = Table(

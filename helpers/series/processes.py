@@ -219,9 +219,8 @@ def _outcome(code: int) -> str:
     number = -code if code < 0 else code - 128
     if not 0 < number < 32:
         return f"ended with exit code {code}"
-    return f"was ended by {signal.Signals(number).name}" + " (out of memory?)" * (
-        number == signal.SIGKILL
-    )
+    guess = " (out of memory?)" if number == signal.SIGKILL else ""
+    return f"was ended by {signal.Signals(number).name}{guess}"
 
 
 def _tail(lines: Sequence[str], count: int = 20) -> str:
@@ -278,7 +277,8 @@ def _supervise(scratch: str, commands: list[list[str]]) -> int:
     """Run the commands until one fails, all are done, or an end is asked for; then end all that is
     left.
     """
-    owner, prctl, told, running, code = os.getppid(), ctypes.CDLL(None).prctl, [], {}, None
+    owner, prctl = os.getppid(), ctypes.CDLL(None).prctl
+    told, running, code = [], {}, None
     signal.signal(signal.SIGTERM, lambda *_: told.append(True))
     prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:
@@ -294,7 +294,12 @@ def _supervise(scratch: str, commands: list[list[str]]) -> int:
             gone = told or select.select([0], [], [], 0)[0] or os.getppid() != owner
             time.sleep(POLL_S)  # so that a command whose death the owner saw first is seen dead
             failed = [ended for pid, ended in _reap().items() if running.pop(pid, None) and ended]
-            code = failed[0] if failed else 0 if not running else ENDED if gone else None
+            if failed:
+                code = failed[0]
+            elif not running:
+                code = 0
+            elif gone:
+                code = ENDED
     except OSError as error:
         print(f"{error.filename}: {error.strerror}")
         code = 127

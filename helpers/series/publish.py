@@ -1,4 +1,4 @@
-"""`python -m helpers.series.publish URL`: write the project's address wherever it stands, in one step.
+"""`python -m helpers.series.publish URL`: write the project's address wherever it stands, at once.
 
 The places: pyproject.toml, CITATION.cff, the bootstrap cell and the "Open in Colab" badge of every
 notebook, the badges of README. Standard library only: it runs without an environment.

@@ -7,6 +7,7 @@ says whether README is stale.
 import argparse
 import dataclasses
 import sys
+from itertools import chain
 from pathlib import Path
 
 import nbformat
@@ -35,7 +36,7 @@ class Found:
     @property
     def records(self) -> list[Record]:
         """The records of all lessons in order."""
-        return [record for lesson in self.lessons.values() for record in lesson.records]
+        return list(chain.from_iterable(lesson.records for lesson in self.lessons.values()))
 
     @property
     def headline(self) -> list[Record]:
@@ -116,7 +117,7 @@ def load(
 
 
 def frame(found: dict[str, Found]) -> pd.DataFrame:
-    """Every record, a row each, where it was measured in a column `machine` (see `results.frame`)."""
+    """Every record, a row each, with a column `machine`: where it was measured, and what."""
     frames = []
     for title, place in found.items():
         frames.append(results.frame(place.records, place.limits).assign(machine=title))

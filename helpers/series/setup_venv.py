@@ -87,7 +87,8 @@ def make_venv(venv, extra):
         venv.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SetupError(
-            f"{venv} cannot be made ({error.strerror}): VENV=/another/folder make ... sets up there."
+            f"{venv} cannot be made ({error.strerror}): VENV=/another/folder make ... sets up "
+            "there."
         ) from None
     finished = run([sys.executable, "-m", "venv", "--clear", str(venv)])
     if finished.returncode != 0 and "ensurepip" in finished.stdout:

@@ -105,7 +105,8 @@ def _pinned(kind: str) -> tuple[str, list[str]]:
         return f"{package}=={importlib.metadata.version(package)}", []
     except importlib.metadata.PackageNotFoundError:
         raise RuntimeError(
-            f"Which version of {package} is not known: no {constraints.name} lies beside the project."
+            f"Which version of {package} is not known: no {constraints.name} lies beside the "
+            "project."
         ) from None
 
 
@@ -124,7 +125,7 @@ def _check_disk(folder: Path, needed_bytes: float) -> None:
 
 
 def _step(what: str, command: list) -> None:
-    """Say a step, and run it; raises RuntimeError in one sentence, with its error, when it fails."""
+    """Say a step, and run it; raises RuntimeError in one sentence when it fails."""
     print(f"vLLM's environment: {what} ...", flush=True)
     finished = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
