@@ -66,6 +66,7 @@ def execute(notebook: Path, out: Path, parameters: dict, progress: bool = False)
         cwd=str(notebook.parent),
         progress_bar=progress,
         log_output=False,
+        start_timeout=600,  # seconds; a busy machine starts a kernel late
     )
 
 
