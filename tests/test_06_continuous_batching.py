@@ -403,15 +403,11 @@ def test_load_generator_on_llamacpp(llamacpp, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_lesson_measures_another_server_and_says_what_it_left_out(llamacpp, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", llamacpp.api_key)
-    small = {
-        k: v
-        for k, v in run.SMOKE.items()
-        if k in run.known_parameters(run.NOTEBOOKS / f"{LESSON}.ipynb")
-    }
+    notebook = run.NOTEBOOKS / f"{LESSON}.ipynb"
     run.execute(
-        run.NOTEBOOKS / f"{LESSON}.ipynb",
+        notebook,
         tmp_path / "out.ipynb",
-        small
+        run.smoke_parameters(notebook)
         | {
             "RUN_VLLM": False,
             "SERVER_URL": llamacpp.url,
@@ -419,7 +415,7 @@ def test_lesson_measures_another_server_and_says_what_it_left_out(llamacpp, tmp_
             "RESULTS_DIR": str(tmp_path),
         },
     )
-    records = {r.id: r for r in results.load(next(tmp_path.rglob(f"{LESSON}.json"))).records}
+    records = {r.id: r for r in results.read(next(tmp_path.rglob(f"{LESSON}.json"))).records}
     assert records["rate-8"].engine == "another server" and records["rate-8"].tokens_per_s > 0
     assert records["rate-8"].details["failed_requests"] == 0
     for name in ("static-vllm", "continuous-vllm", "prefix-cache-on", "threads-all"):
