@@ -442,7 +442,7 @@ def instabilities(series: Series, baseline: Series | None = None) -> list[str]:
                 "the machine drifted: first and second half of the baseline's runs differ by "
                 f"{drift:.0%}"
             )
-    busy = float(np.median(series.busy_share)) if series.busy_share else 0.0  # of other engines
+    busy = float(np.median(series.busy_share)) if series.busy_share else 0.0
     if busy > BUSY_LIMIT:
         sentences.append(f"measured beside others, which took {busy:.0%} of the cores")
     return sentences
