@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/ready-$(EXTRA)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: run test test-slow lint reference bench soak readme schema publish constraints clean
+.PHONY: run test test-slow lint reference bench soak readme schema publish constraints clean clean-cache
 
 run: $(READY)
 	$(PY) -m helpers.series.run
@@ -44,6 +44,10 @@ publish:
 
 clean:
 	rm -rf .venv runs build *.egg-info .pytest_cache .ruff_cache
+
+# What was made outside of this folder: the converted default model, and shapes with random weights.
+clean-cache:
+	rm -rf "$${XDG_CACHE_HOME:-$$HOME/.cache}/seven-llm-speedups"
 
 # Made again for another EXTRA (a card was put in or taken out), and where the Python of an old one is gone.
 $(READY): pyproject.toml constraints-$(EXTRA).txt $(shell test -x $(PY) || echo FORCE)

@@ -4,17 +4,21 @@
 """
 
 import argparse
-import statistics
+import re
 import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-from helpers import machine, results, timing
+from helpers import machine, memory, results, timing
 
 PROBE_BYTES = 512_000_000
 LAUNCHES = 1_000  # kernels in the chain whose cost is measured
+# calls of CUDA's runtime and driver that start a kernel or a whole graph, as the profiler names them
+LAUNCH = re.compile(r"(cuda|cu)(LaunchKernel(Ex|ExC)?|LaunchCooperativeKernel|GraphLaunch)")
+# what configurations call the number of experts that a router picks for a token
+PICKED = ("num_experts_per_tok", "moe_topk", "top_k_experts")
 
 
 class Bandwidth:
@@ -100,23 +104,89 @@ def launch_s(device: str) -> float | None:
     if torch.device(device).type != "cuda":
         return None
     tiny = torch.zeros(1, device=device)
-    tiny.add_(1)
-    timing.synchronize(device)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
+
+    def chain():
         for _ in range(LAUNCHES):
             tiny.add_(1)
-        timing.synchronize(device)
-        seconds.append((time.perf_counter() - start) / LAUNCHES)
-    return statistics.median(seconds)
+
+    return best_seconds(chain, device) / LAUNCHES
+
+
+def launches(net) -> int | None:
+    """Kernel launches of one decode step without its sampling; None on a CPU. Count them once a
+    model: they do not depend on the prompt.
+    """
+    if net.device.type != "cuda":
+        return None
+    token = torch.zeros(1, 1, dtype=torch.long, device=net.device)
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.no_grad():
+        cache = net(token, use_cache=True).past_key_values
+        net(token, past_key_values=cache)  # what is compiled or tuned at first use
+        with torch.profiler.profile(activities=activities) as profile:
+            net(token, past_key_values=cache)
+            timing.synchronize(net.device)
+    return launches_among({event.key: event.count for event in profile.key_averages()})
+
+
+def launches_among(calls: dict[str, int]) -> int:
+    """How many of these calls, by name, start a kernel or a CUDA graph, which counts once."""
+    return sum(count for name, count in calls.items() if LAUNCH.fullmatch(name))
+
+
+def launch_limit(launches: int, launch_s: float, batch_size: int = 1) -> float:
+    """Best possible decode speed in tokens/s by launches of `launch_s` seconds, `launches` a
+    step.
+    """
+    return batch_size / (launches * launch_s)
+
+
+def read_shares(net) -> dict[torch.nn.Parameter, float]:
+    """The share of a parameter that one token must read, of those that it need not read whole.
+
+    Tables that are looked up (an input embedding that is no head too, positions): 0. Routed
+    experts, which transformers keeps in one tensor, experts first: those that the router picks,
+    or one where the configuration does not name their number: a ceiling may be too high, never
+    too low. Shared experts are read whole.
+    """
+    config = net.config.get_text_config()
+    picked = next((getattr(config, name) for name in PICKED if getattr(config, name, None)), 1)
+    head = getattr(net.get_output_embeddings(), "weight", None)
+    shares = {}
+    for module in net.modules():
+        kind = type(module).__name__
+        for parameter in module.parameters(recurse=False):
+            if isinstance(module, torch.nn.Embedding) and parameter is not head:
+                shares[parameter] = 0
+            elif kind.endswith("Experts") and not kind.endswith("SharedExperts"):
+                shares[parameter] = picked / len(parameter)
+    return shares
+
+
+def decode_bytes(net) -> int:
+    """Bytes of weights that one decode step must read, whatever the batch: see `read_shares`.
+
+    A batch whose sequences pick different experts reads more.
+    """
+    unread = sum((1 - share) * weight.nbytes for weight, share in read_shares(net).items())
+    return memory.weight_bytes(net) - round(unread)
+
+
+def prefill_parameters(net) -> int:
+    """Parameters that every prompt token goes through, as `prefill_limit` takes them.
+
+    The head, which runs once a prompt, is left out; the rest as in `read_shares`. For a model that
+    is not quantized: codes are packed.
+    """
+    shares = read_shares(net) | {net.get_output_embeddings().weight: 0}
+    return round(sum(weight.numel() * shares.get(weight, 1) for weight in net.parameters()))
 
 
 def decode_limit(step_bytes: float, bandwidth: float, batch_size: int = 1) -> float:
     """Best possible decode speed in tokens/s by bandwidth.
 
-    step_bytes : what a step must read: all weights once, and the KV cache of every sequence at the
-        mean length of the generation. An untied input embedding is not read.
+    step_bytes : what a step must read: `decode_bytes` once, and the KV cache of every sequence at
+        the mean length of the generation.
 
     (The memory term of the roofline model, Williams et al. 2009, CACM 52:4; for decoding, Pope et
     al. 2023, arXiv:2211.05102.)
@@ -128,8 +198,7 @@ def prefill_limit(parameters: float, flops: float) -> float:
     """Best possible prefill speed in tokens/s: 2 operations per parameter and token (Kaplan et al.
     2020, §2.1).
 
-    parameters : those that every prompt token goes through: the output head, which runs once a
-        prompt, and the input embedding, which is looked up, left out.
+    parameters : those that every prompt token goes through (`prefill_parameters`).
     """
     return flops / (2 * parameters)
 

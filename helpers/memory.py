@@ -6,6 +6,7 @@ Needs nothing else of this project: copy it into yours.
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import gc
 import os
 from collections.abc import Callable
@@ -94,15 +95,51 @@ def available_bytes(device: str = "cpu") -> int:
 
 
 def _container_bytes_left() -> int | None:
-    """What the memory limit of this process's control group leaves; None where there is none."""
+    """What the memory limit of this process's control group leaves; None where there is none.
+
+    Pages of files that were read count as used, and go when room is needed: they are left too.
+    """
     folder = Path("/sys/fs/cgroup")
     for limit, usage in (
         (folder / "memory.max", folder / "memory.current"),
         (folder / "memory/memory.limit_in_bytes", folder / "memory/memory.usage_in_bytes"),
     ):
         with contextlib.suppress(OSError, ValueError):  # not there, or "max": no limit
-            return max(0, int(limit.read_text()) - int(usage.read_text()))
+            used = int(usage.read_text()) - _file_bytes(limit.parent / "memory.stat")
+            return max(0, int(limit.read_text()) - used)
     return None
+
+
+def _file_bytes(stat: Path) -> int:
+    """Bytes of cached files in a control group, by its memory.stat."""
+    total = 0
+    if stat.is_file():
+        for row in stat.read_text().splitlines():
+            name, value = row.split()
+            if name in ("active_file", "inactive_file"):
+                total += int(value)
+    return total
+
+
+def cache(load: Callable) -> Callable:
+    """`functools.cache` for a function that loads a model: where there is no room for another one,
+    those that it holds are given up first.
+    """
+    cached = functools.cache(load)
+
+    @functools.wraps(load)
+    def loaded(*arguments):
+        try:
+            return cached(*arguments)
+        except (MemoryError, torch.OutOfMemoryError):
+            if not cached.cache_info().currsize:
+                raise
+        cached.cache_clear()
+        free()
+        return cached(*arguments)
+
+    loaded.cache_clear = cached.cache_clear
+    return loaded
 
 
 def free() -> None:
@@ -284,26 +321,6 @@ def kv_heads(config) -> int:
         if getattr(config, name, None):
             return getattr(config, name)
     return config.num_attention_heads
-
-
-def kv_cache_bytes(
-    config, tokens: int, batch_size: int = 1, bytes_per_number: int | None = None
-) -> int:
-    """Bytes of keys and values: 2 · layers · key/value heads · head size, for each position.
-
-    Parameters
-    ----------
-    tokens : positions of every sequence.
-    bytes_per_number : 4 for float32, 2 for 16 bit; by default that of the config's dtype.
-    """
-    config = config.get_text_config()
-    head_size = getattr(config, "head_dim", None)
-    if head_size is None:
-        head_size = config.hidden_size // config.num_attention_heads
-    if bytes_per_number is None:
-        bytes_per_number = (config.dtype or torch.float32).itemsize
-    per_position = 2 * config.num_hidden_layers * kv_heads(config) * head_size
-    return per_position * tokens * batch_size * bytes_per_number
 
 
 def touch(path: Path) -> None:

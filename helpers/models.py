@@ -5,16 +5,12 @@ import functools
 import gc
 import hashlib
 import importlib.util
-import json
 import os
 import pydoc_data.topics
-import shutil
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from filelock import FileLock
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,6 +22,7 @@ from transformers import (
 from transformers.utils import logging
 
 from helpers import memory
+from helpers.series import checkpoints
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT = "SmolLM2-135M-Instruct"
@@ -55,22 +52,6 @@ def default_gguf() -> Path:
     return path
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    digests = {}
-    for path in sorted(folder.iterdir()):
-        if path.name != "manifest.json":
-            with path.open("rb") as file:
-                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        return json.loads((folder / "manifest.json").read_text()) == _digests(folder)
-    except (OSError, ValueError):
-        return False
-
-
 def _convert(gguf: Path, folder: Path) -> None:
     """Dequantize the GGUF file into a float32 checkpoint: config, tokenizer, safetensors."""
     source = AutoModelForCausalLM.from_pretrained(
@@ -92,27 +73,25 @@ def _convert(gguf: Path, folder: Path) -> None:
 def default_folder() -> Path:
     """Folder of the default model as a float32 checkpoint, converted once, made again if damaged.
 
-    Safe when two processes start at once: a lock is held, and the finished folder is moved into
-    place whole.
+    Safe when two processes start at once: see `checkpoints.made_once`.
     """
-    folder = cache_folder() / f"{DEFAULT}-{FORMAT}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not _is_whole(folder):
-            print(
-                f"Converting the default model {DEFAULT} once, into the cache (half a minute) ..."
-            )
-            shutil.rmtree(folder, ignore_errors=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-                converted = Path(scratch) / "model"
-                _convert(default_gguf(), converted)
-                (converted / "manifest.json").write_text(json.dumps(_digests(converted)))
-                converted.rename(folder)
-    return folder
+    return checkpoints.made_once(
+        cache_folder() / f"{DEFAULT}-{FORMAT}",
+        lambda folder: _convert(default_gguf(), folder),
+        f"Converting the default model {DEFAULT} once, into the cache (half a minute) ...",
+        checkpoints.sha256,
+    )
+
+
+@functools.cache
+def _random_folder(model: str) -> str:
+    text_to_learn = text("training").content
+    return str(checkpoints.random_folder(model, cache_folder(), text_to_learn))
 
 
 def resolve(model: str = "auto", quantized: bool = False) -> str:
-    """Name or folder that transformers, vLLM and peft load: "auto" is the embedded default model.
+    """Name or folder that transformers, vLLM and peft load: "auto" is the embedded default model,
+    "random:falcon-7b" a published shape with random weights (`checkpoints.random_folder`).
 
     quantized : a checkpoint that is quantized already will do (where only its shape is read).
 
@@ -121,6 +100,8 @@ def resolve(model: str = "auto", quantized: bool = False) -> str:
     """
     if model == "auto":
         return str(default_folder())
+    if model.startswith(checkpoints.RANDOM):
+        return _random_folder(model)
     folder = Path(model).expanduser()
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ValueError(f"MODEL={model!r} is an adapter: name a model, with it merged in.")
@@ -145,9 +126,12 @@ def resolve(model: str = "auto", quantized: bool = False) -> str:
 
 
 def identity(model: str = "auto") -> tuple[str, str | None]:
-    """(name, revision) as a record tells them: a hub commit, the embedded file, or None for a
-    folder.
+    """(name, revision) as a record tells them: a hub commit, the embedded file, a seed, or None for
+    a folder.
     """
+    random = checkpoints.random_name(model)
+    if random is not None:
+        return random, "seed 0"
     folder = Path(model).expanduser()
     if model == "auto" or folder == cache_folder() / f"{DEFAULT}-{FORMAT}":
         return DEFAULT, REVISION
@@ -195,16 +179,21 @@ def load(
     options : passed to `from_pretrained` (a quantization_config, say; then weights may have other
         dtypes).
 
-    Raises ValueError when the checkpoint lacks weights of the model; RuntimeError when a weight
-    came in another dtype than asked for.
+    Raises MemoryError, before anything is loaded, where one device is to hold it and cannot;
+    ValueError when the checkpoint lacks weights of the model; NotImplementedError where
+    bitsandbytes was asked for and has quantized nothing; RuntimeError when a weight came in
+    another dtype than asked for.
     """
     _freeze_imports()
+    source = resolve(model)
     arguments = {"device_map": device, **options}
+    if arguments["device_map"] == device:
+        checkpoints.check_fits(source, dtype, device, options.get("quantization_config"))
     progress_bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # their residue has no place in a notebook's output
     try:
         net, report = AutoModelForCausalLM.from_pretrained(
-            resolve(model),
+            source,
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
@@ -214,6 +203,7 @@ def load(
         if progress_bars:
             logging.enable_progress_bar()
     _check_whole(model, report)
+    _check_quantized(net)
     other = {p.dtype for p in net.parameters() if p.is_floating_point()} - {dtype}
     if other and "quantization_config" not in options:
         raise RuntimeError(f"asked for {dtype} weights, found {sorted(map(str, other))} too")
@@ -235,11 +225,24 @@ def _check_whole(model: str, report: dict) -> None:
         )
 
 
+def _check_quantized(net: PreTrainedModel) -> None:
+    """Refuse what is called quantized and is not: transformers replaces layers that are a Linear
+    itself, and silently none of a subclass, as Falcon's are.
+    """
+    asked = getattr(net, "is_loaded_in_8bit", False) or getattr(net, "is_loaded_in_4bit", False)
+    quantized = [m for m in net.modules() if type(m).__module__.startswith("bitsandbytes")]
+    if asked and not quantized:
+        raise NotImplementedError(
+            f"bitsandbytes quantizes no layer of {type(net).__name__}: none is a plain Linear"
+        )
+
+
 @functools.cache
 def _freeze_imports() -> None:
     """Once, before the first model: what imports have made is never garbage, and collecting need
     not look through it.
     """
+    gc.collect()  # what is garbage now would be kept for ever
     gc.freeze()
     atexit.register(gc.unfreeze)  # else libraries that count what they leak at exit say so
 

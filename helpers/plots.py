@@ -36,7 +36,6 @@ PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 NUMBERS = ["tokens_per_s", "decode_tokens_per_s", "speedup", "perplexity", "weight_bytes"]
 NUMBERS += ["kv_cache_bytes"]
 RAW = ["warmup_s", "latency_s", "ttft_s", "inter_token_s", "busy_share", "pairs", "affinity"]
-SWEEPS = {"batch_size": 1, "request_rate": 3}  # of `throughput_latency`: how many axes each takes
 
 
 class NoData(ValueError):
@@ -80,11 +79,6 @@ def compared(frame: DataFrame) -> DataFrame:
     baselines = pd.MultiIndex.from_frame(rows[["technique", "baseline"]])
     names = pd.MultiIndex.from_frame(rows[["technique", "id"]])
     return rows[rows.baseline.notna() | names.isin(baselines)]
-
-
-def swept(frame: DataFrame) -> DataFrame:
-    """What `throughput_latency` draws: sweeps over batch sizes and over rates of requests."""
-    return frame[frame.sweep.isin(SWEEPS) & (frame.status == "ok")]
 
 
 def detail(frame: DataFrame, name: str) -> pd.Series:
@@ -280,106 +274,6 @@ def memory(frame: DataFrame, title: str = "Memory") -> Figure:
     return figure
 
 
-def batching(frame: DataFrame, title: str = "Throughput of a mixed workload", steps=()) -> Figure:
-    """Useful tokens/s of each way to serve one workload.
-
-    steps : (id, id of the next, what changes between them), in order: these rows stand on top, with
-        an arrow and the factor for each step; other rows stand below a line.
-    """
-    drawn = with_bits(styled(frame[frame.sweep.isna()]))
-    ladder = [before for before, _, _ in steps] + [after for _, after, _ in steps[-1:]]
-    on_ladder = drawn.id.isin(ladder)
-    first = drawn[on_ladder].sort_values("id", key=lambda ids: ids.map(ladder.index))
-    figure, parts = panels(pd.concat([first, drawn[~on_ladder]]), title)
-    for panel, rows in parts:
-        axis = panel.subplots()
-        y = bars(axis, rows, "tokens_per_s", "{:.0f}", "useful tokens/s")
-        edge = axis.get_xlim()[1]
-        axis.set_xlim(0, edge * 1.35)
-        rows = rows.assign(y=y).set_index("id")
-        for before, after, change in steps:
-            if before in rows.index and after in rows.index:
-                _step(axis, rows.loc[before], rows.loc[after], change, edge)
-        if 0 < rows.index.isin(ladder).sum() < len(rows):
-            axis.axhline(rows.index.isin(ladder).sum() - 0.5, color="0.6", lw=0.6)
-    return figure
-
-
-def _step(axis, before: pd.Series, after: pd.Series, change: str, x: float) -> None:
-    """An arrow from a row to the next, with the factor between them: paired where it was."""
-    factor = after.tokens_per_s / before.tokens_per_s
-    if after.baseline == before.name:
-        factor = after.speedup
-    if not pd.isna(factor):
-        arrow = {"arrowstyle": "->", "lw": 0.8, "color": "0.2"}
-        axis.annotate("", (x, after.y), (x, before.y), arrowprops=arrow)
-        label(axis, f"{change}\n{factor:.1f}×", x, (before.y + after.y) / 2)
-
-
-def _axes_of(rows: DataFrame) -> int:
-    return sum(SWEEPS[sweep] for sweep in rows.sweep.unique())
-
-
-def throughput_latency(frame: DataFrame, title: str = "Throughput against latency") -> Figure:
-    """What batches cost each user: time per token over tokens/s, by batch size. A server under
-    load: latencies over its tokens/s, with the objectives they are held against; goodput by rate.
-    """
-    drawn = swept(styled(frame))
-    figure, parts = panels(drawn, title, lambda rows: 0.4 + 1.5 * _axes_of(rows))
-    for panel, rows in parts:
-        axes = list(np.atleast_1d(panel.subplots(_axes_of(rows))))
-        by_batch = rows[rows.sweep == "batch_size"]
-        if len(by_batch):
-            _draw_batch_sizes(axes.pop(0), by_batch.sort_values("batch_size"))
-        if axes:
-            _draw_rates(*axes, rows[rows.sweep == "request_rate"])
-    return figure
-
-
-def _draw_batch_sizes(axis, rows: DataFrame) -> None:
-    """Milliseconds a token over tokens/s of the whole batch; the same at the bandwidth limit."""
-    rows = rows.assign(transformers=detail(rows, "transformers_tokens_per_s"))
-    for speed in ("tokens_per_s", "transformers", "limit_tokens_per_s"):
-        rows[f"{speed}_ms"] = 1e3 * rows.batch_size / rows[speed]
-    dashed = {"ls": "--", "marker": "", "color": GREY}
-    curve(axis, rows, "limit_tokens_per_s", "limit_tokens_per_s_ms", "limit", **dashed)
-    curve(axis, rows, "transformers", "transformers_ms", "transformers", marker="o", mfc="white")
-    for engine, group in rows.groupby("engine"):
-        curve(axis, group, "tokens_per_s", "tokens_per_s_ms", engine, "batch_size")
-    axis.set(xlabel="tokens/s of the whole batch (number: batch size)", ylabel="ms a token")
-    axis.set(xscale="log", yscale="log")
-    plain_ticks(axis.xaxis)
-    plain_ticks(axis.yaxis)
-    axis.margins(x=0.15, y=0.2)
-
-
-def _draw_rates(first_token, next_token, goodput, rows: DataFrame) -> None:
-    """On three axes: time to first token and between tokens over tokens/s; requests in time."""
-    details = DataFrame(list(rows.details), index=rows.index).apply(pd.to_numeric, errors="coerce")
-    rows = rows.assign(**details).sort_values("request_rate_per_s")
-    rate, speed = "request_rate_per_s", "tokens_per_s"
-    for axis, latency in ((first_token, "ttft"), (next_token, "inter_token")):
-        curve(axis, rows, speed, f"{latency}_p99_s", "p99\n", ls=":")
-        curve(axis, rows, speed, f"{latency}_p95_s", "\np95", ls="--")
-        curve(axis, rows, speed, f"{latency}_p50_s", "p50", rate)
-        for objective in rows[f"objective_{latency}_s"].dropna().unique():
-            axis.axhline(objective, color=GREY, lw=0.8)
-            at = axis.get_yaxis_transform()
-            label(axis, "objective", 0, objective, (2, 4), color=GREY, xycoords=at)
-        axis.set(yscale="log", xlabel="tokens/s of the server (number: requests/s sent)")
-        plain_ticks(axis.yaxis)
-        axis.margins(x=0.18, y=0.25)
-    first_token.set_ylabel("first token (s)")
-    next_token.set_ylabel("next token (s)")
-    curve(goodput, rows, rate, rate, "all", marker="", color=GREY, ls="--")
-    curve(goodput, rows, rate, "goodput_per_s", "in time")
-    for row in rows[rows.failed_requests > 0].itertuples():
-        text = f"{row.failed_requests:.0f} failed"
-        label(goodput, text, row.request_rate_per_s, row.goodput_per_s, (-5, -4), ha="right")
-    goodput.set(xlabel="requests/s sent", ylabel="requests/s in time", ylim=(0, None))
-    goodput.margins(x=0.18)
-
-
 # ---- files
 
 
@@ -411,7 +305,7 @@ def save(
 def _save_pictures(figure: Figure, path: Path) -> Path:
     figure.savefig(f"{path}.svg", metadata={"Date": None})
     figure.savefig(f"{path}.png")
-    picture = _few_colours(Image.open(f"{path}.png"), 128)
+    picture = few_colours(Image.open(f"{path}.png"), 128)
     picture.save(f"{path}.png", optimize=True, dpi=(300, 300))
     return Path(f"{path}.png")
 
@@ -449,7 +343,7 @@ def _in_the_dark(colour):
     return rgba if np.ndim(colour) == 2 else tuple(rgba[0])
 
 
-def _few_colours(image: Image.Image, most: int) -> Image.Image:
+def few_colours(image: Image.Image, most: int) -> Image.Image:
     """With a palette; the method is one that keeps rare colours."""
     method, dither = Image.Quantize.FASTOCTREE, Image.Dither.NONE
     return image.convert("RGB").quantize(most, method=method, dither=dither)
@@ -459,5 +353,5 @@ def preview(path: Path) -> bytes:
     """A saved picture as small as a notebook of many wants it: 120 dots an inch, 32 colours."""
     picture, content = Image.open(path).convert("RGB"), io.BytesIO()
     picture.thumbnail((420, picture.height), Image.Resampling.LANCZOS)
-    _few_colours(picture, 32).save(content, "png", optimize=True)
+    few_colours(picture, 32).save(content, "png", optimize=True)
     return content.getvalue()

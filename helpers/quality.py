@@ -53,6 +53,14 @@ class Quality:
         return math.exp(mean) if mean < 700 else mean * math.inf
 
 
+def window_length(config, tokens: int, longest: int = 512) -> int:
+    """Token ids of an evaluation window: `longest`, or fewer where fewer `tokens` are predicted in
+    all, or where the model of this configuration was made for shorter texts; two at least.
+    """
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or longest
+    return max(2, min(longest, tokens, context))
+
+
 def windows(tokenizer, text: str, seq_len: int, tokens: int) -> torch.Tensor:
     """Cut a text into non-overlapping windows, (windows, seq_len) token ids, with at least `tokens`
     predictions.
@@ -63,9 +71,7 @@ def windows(tokenizer, text: str, seq_len: int, tokens: int) -> torch.Tensor:
     Raises ValueError when the text is too short, or a window could predict nothing.
     """
     if seq_len < 2:
-        raise ValueError(
-            f"a window of {seq_len} token predicts nothing: EVAL_TOKENS must be 2 or more."
-        )
+        raise ValueError(f"a window of {seq_len} token predicts nothing: it takes two or more.")
     ids = tokenizer(text).input_ids
     starts_with_bos = ids[0] == tokenizer.bos_token_id
     bos = ids[:1] if starts_with_bos else []

@@ -5,18 +5,20 @@ lies `machine.json`, what the hardware can do (`keep_limits`).
 """
 
 import contextlib
+import csv
 import datetime
 import fcntl
+import fnmatch
 import itertools
 import json
 import math
 import os
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import pandas as pd
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -26,6 +28,7 @@ from helpers import machine, memory, models, quality, timing
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = 2
 GB = 1e9
+DETAILS = Path(__file__).with_name("data") / "details.csv"
 STABLE = 0.05  # two readings of bandwidth so close together make one that counts
 
 SPEED = ("tokens_per_s", "decode_tokens_per_s", "prefill_tokens_per_s", "moved_bytes_per_s")
@@ -66,8 +69,9 @@ class Record(Strict):
     """One variant, measured. SI units in names; a null measured value is explained in `reasons`.
 
     step_bytes : what a decode step must read. moved_bytes_per_s : that over the time of a step.
+    launches : kernels that a decode step starts, on a GPU (`limits.launches`).
     scored_with : the arithmetic in which quality was scored. details : what only this technique
-    has, flat, units in names.
+    has, flat, units in names; `helpers/data/details.csv` says what each means.
     """
 
     technique: str
@@ -104,6 +108,7 @@ class Record(Strict):
     weight_bytes: Bytes | None = None
     kv_cache_bytes: Bytes | None = None
     step_bytes: Bytes | None = None
+    launches: int | None = None
     moved_bytes_per_s: Positive | None = None
     resident_before_bytes: Bytes | None = None
     peak_bytes: Bytes | None = None
@@ -305,6 +310,9 @@ class Lesson:
 
     Until `finish()` they stand in `<lesson>.partial.json`, so that an earlier whole run is not lost
     to one that breaks off. Made by `results.open`.
+
+    unread_bytes : weights that a decode step does not read (`limits.decode_bytes`), of all rows
+        that do not name their own.
     """
 
     def __init__(self, name: str, model: str, parameters: dict, common: dict, folder: Path):
@@ -316,6 +324,7 @@ class Lesson:
         self.model, self.revision = models.identity(model)
         self.machine = machine.describe(common["device"])
         self.commit = machine.commit()
+        self.unread_bytes = 0
         self.rows: dict[str, dict] = {}
 
     @property
@@ -370,6 +379,24 @@ class Lesson:
         self._merge(name, fields)
         self._write()
 
+    def add_peak(
+        self, name: str, variant: timing.Variant, release: Callable[[], object] = lambda: None
+    ) -> bool:
+        """Measure a variant's peak memory into its row, or write there why it cannot run here.
+
+        release : gives up cached models first, as `memory.peak_of` takes it.
+
+        Returns whether it ran.
+        """
+        try:
+            self.add(name, peak=memory.peak_of(variant, self.common["device"], release))
+        except Exception as error:
+            status, reason = timing.failure(error)
+            self.add(name, status=status, reason=reason)
+            print(f"{name}: {reason}")
+            return False
+        return True
+
     def _merge(self, name: str, fields: dict) -> None:
         row = self.rows.setdefault(name, {"id": name, "variant": name})
         for field, value in fields.items():
@@ -392,7 +419,12 @@ class Lesson:
         if "engine_version" not in values:
             engine = values.get("engine", "transformers")
             values["engine_version"] = self.machine["versions"].get(engine)
-        _add_traffic(values)
+        _add_traffic(values, values.pop("unread_bytes", self.unread_bytes))
+        if self.model.startswith("random:"):
+            values |= dict.fromkeys(QUALITY + COMPARED)
+            values["reasons"] = values.get("reasons", {}) | null(
+                "random weights", *QUALITY, *COMPARED
+            )
         values["reasons"] = _reasons(values)
         return Record(**values)
 
@@ -570,11 +602,11 @@ def _scores(scores: quality.Quality, text: models.Text | None) -> dict:
     return values | {"reasons": reasons}
 
 
-def _add_traffic(values: dict) -> None:
+def _add_traffic(values: dict, unread_bytes: int) -> None:
     """step_bytes where it was not given, and moved_bytes_per_s: bytes of a step ÷ its time."""
     weights, cache = values.get("weight_bytes"), values.get("kv_cache_bytes")
     if values.get("step_bytes") is None and weights and cache is not None:
-        values["step_bytes"] = weights + cache
+        values["step_bytes"] = max(0, round(weights - unread_bytes)) + cache
     steps_per_s = values.get("decode_tokens_per_s")
     if values.get("step_bytes") and steps_per_s:
         steps_per_s /= values.get("batch_size", 1)
@@ -586,6 +618,10 @@ def _reasons(values: dict) -> dict[str, str]:
     defaults = null("not measured", *NULLABLE)
     if values.get("baseline") is None:
         defaults |= null("this is the baseline", *PAIRED, *COMPARED)
+    if values.get("new_tokens") == 1:
+        defaults |= null(
+            "one token has no step after it", "decode_tokens_per_s", "moved_bytes_per_s"
+        )
     if values.get("speedup") is not None:
         defaults["speedup_ci95"] = "one pair gives no interval"
     if values.get("nll_delta") is not None:
@@ -651,6 +687,39 @@ def read_all(folder: Path) -> tuple[dict[str, Results], list[str]]:
             count = len(lessons[name].records)
             problems.append(f"{name} broke off: {count} rows of an unfinished run are shown.")
     return lessons, problems
+
+
+def undeclared_details(records: list[Record]) -> list[str]:
+    """A sentence for each detail that `helpers/data/details.csv` does not know, or not as this type.
+
+    A technique that the table does not have at all declares none: the series can grow.
+    """
+    with DETAILS.open(encoding="utf-8", newline="") as file:
+        declared = list(csv.DictReader(file))
+    techniques = {row["technique"] for row in declared}
+    problems = {}
+    for record in records:
+        known = [row for row in declared if row["technique"] in ("*", record.technique)]
+        for name, value in record.details.items():
+            types = {row["type"] for row in known if fnmatch.fnmatchcase(name, row["name"])}
+            if not types and record.technique in techniques:
+                problems[name] = f"{record.technique}: {name} is not declared"
+            elif types and not any(_is_of(value, kind) for kind in types):
+                problems[name] = f"{record.technique}: {name} is {value!r}, not {min(types)}"
+    return list(problems.values())
+
+
+def _is_of(value, kind: str) -> bool:
+    """Is a detail, or each value of its list, of this type? A whole number is a float too."""
+    accepted = {"float": (float, int), "int": int, "bool": bool, "str": str}[kind]
+    values = value if isinstance(value, list) else [value]
+    numbers_only = kind in ("float", "int")
+    for one in values:
+        if numbers_only and isinstance(one, bool):
+            return False
+        if one is not None and not isinstance(one, accepted):
+            return False
+    return True
 
 
 # ---- what the machine can do
@@ -725,7 +794,8 @@ def frame(records: list[Record], limits: MachineLimits | None = None) -> pd.Data
     """One row a record, in order, with derived columns.
 
     peak_above_bytes, load_above_bytes : peak while running and while loading, above the start.
-    limit_tokens_per_s, limit_share : best possible decode speed by bandwidth, and the share of it.
+    limit_tokens_per_s, limit_share : best possible decode speed, by bandwidth or by launches, and
+    the share of it.
     same_engine : the baseline ran in the same engine, so that the ratio is the technique's.
     headline : no sweep, and no CPU processes standing in for GPUs.
     """
@@ -733,10 +803,8 @@ def frame(records: list[Record], limits: MachineLimits | None = None) -> pd.Data
     number = rows[["peak_bytes", "load_peak_bytes", "resident_before_bytes"]].astype(float)
     rows["peak_above_bytes"] = number["peak_bytes"] - number["resident_before_bytes"]
     rows["load_above_bytes"] = number["load_peak_bytes"] - number["resident_before_bytes"]
-    bandwidth = [bandwidth_of(record.device, limits) for record in records]
-    step_bytes = rows["step_bytes"].astype(float)
-    rows["limit_tokens_per_s"] = rows["batch_size"] * np.array(bandwidth) / step_bytes
-    rows["limit_share"] = rows["moved_bytes_per_s"].astype(float) / bandwidth
+    rows["limit_tokens_per_s"] = [decode_ceiling(record, limits) for record in records]
+    rows["limit_share"] = rows["decode_tokens_per_s"].astype(float) / rows["limit_tokens_per_s"]
     engines = {(record.technique, record.id): record.engine for record in records}
     rows["same_engine"] = [
         record.baseline is None or engines.get((record.technique, record.baseline)) == record.engine
@@ -746,12 +814,18 @@ def frame(records: list[Record], limits: MachineLimits | None = None) -> pd.Data
     return rows
 
 
-def bandwidth_of(device: str, limits: MachineLimits | None) -> float:
-    """Bytes per second that a device of this machine reads at its best; NaN where not known."""
-    kind = device.partition(":")[0]
-    if limits is None or kind not in limits.devices:
+def decode_ceiling(record: Record, limits: MachineLimits | None) -> float:
+    """The lowest of a row's ceilings in tokens/s: bytes of a step by the bandwidth that the device
+    reached at its best, launches of a step by what one takes; NaN where nothing is known.
+    """
+    kind = record.device.partition(":")[0]
+    if limits is None or kind not in limits.devices or not record.step_bytes:
         return math.nan
-    return limits.devices[kind].bandwidth_bytes_per_s
+    device = limits.devices[kind]
+    step_s = record.step_bytes / device.bandwidth_bytes_per_s
+    if record.launches and device.launch_s:
+        step_s = max(step_s, record.launches * device.launch_s)
+    return record.batch_size / step_s
 
 
 def shares_a_cpu(record: Record) -> bool:

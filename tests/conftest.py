@@ -58,6 +58,7 @@ def run_lesson(tmp_path_factory):
             finally:
                 del os.environ["SEVEN_PROFILE"]
             file = results.read(next((folder / "results").glob(f"*/*/smoke/{name}.json")))
+            assert results.undeclared_details(file.records) == []
             done[key] = Ran(file.records, file.run, folder)
         return done[key]
 

@@ -5,6 +5,7 @@ round trips.
 import copy
 import functools
 import os
+import types
 from pathlib import Path
 
 import gguf
@@ -140,6 +141,31 @@ def test_llamacpp_reads_the_file_back(lesson, request, tmp_path, model):
     assert worker.process.returncode == 0
     assert found.ids == expected and len(set(expected[0])) > 3
     assert found.stamps_s == sorted(found.stamps_s) and found.prompt_tokens == 5
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_an_engine_gets_the_threads_that_torch_takes(lesson, tiny_llama, tmp_path, one_thread):
+    """Whatever this machine's cores are: llama.cpp's process then computes with so many."""
+    prompt = torch.tensor([[5, 6, 7, 8, 9]])
+    written(lesson, models.load(tiny_llama), tmp_path / "f32.gguf", "f32", prompt)
+    here = {"scratch": types.SimpleNamespace(name=tmp_path), "workers": {}, "prompt": prompt}
+    started = []
+
+    def start(*arguments):
+        started.append(lesson["Worker"](*arguments))
+        return started[0]
+
+    make = types.FunctionType(lesson["llamacpp"].__code__, lesson | here | {"Worker": start})
+    make("f32").close()
+    engine, _, threads, _ = started[0].process.args[2:]
+    assert (engine, threads) == ("llamacpp", "1")
 
 
 def test_an_engine_that_does_not_answer_is_ended(lesson, monkeypatch, tmp_path):

@@ -324,15 +324,21 @@ def test_an_address_where_nobody_listens_stops_the_lesson_at_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_text_longer_than_the_model_is_refused_in_one_sentence(tmp_path):
-    with pytest.raises(
-        Exception, match=r"MAX_LENGTH=99999 must hold the longest text .* and fit the model"
-    ):
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"MAX_LENGTH": 99999}, "MAX_LENGTH=99999 must hold the longest text .* and fit the model"),
+        ({"NEW_TOKENS": 1}, "NEW_TOKENS=1 must be at least 2: a step"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_sentence(tmp_path, given, sentence):
+    with pytest.raises(Exception, match=sentence):
         run.execute(
             run.NOTEBOOKS / f"{LESSON}.ipynb",
             tmp_path / "out.ipynb",
-            {"MAX_LENGTH": 99999, "RESULTS_DIR": str(tmp_path / "r")},
+            given | {"RESULTS_DIR": str(tmp_path / "r")},
         )
+    assert not list(tmp_path.rglob("*.json"))
 
 
 LLAMACPP = """

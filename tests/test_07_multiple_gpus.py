@@ -289,6 +289,21 @@ def test_indivisible_degree_is_refused_before_anything_starts(run_lesson):
         run_lesson(LESSON, TP_RANKS=2)
 
 
+def test_vllm_s_ranks_share_the_threads_that_torch_takes(lesson, tmp_path, monkeypatch):
+    """On eight cores of which torch takes four, as with two hardware threads a core."""
+    asked = []
+    jobs = lesson["launch_07"].Jobs("", "", PROMPT, [], NEW, 0, 1, "cpu", 1, 1, str(tmp_path))
+    monkeypatch.setattr(processes, "run", lambda *_, env, **__: asked.append(env))
+    monkeypatch.setattr(type(jobs), "read", lambda *_: [])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    for ranks in (1, 2, 3):
+        jobs.vllm("job", ranks, "mp")
+    binds = [env["VLLM_CPU_OMP_THREADS_BIND"] for env in asked]
+    assert binds == ["0,1,2,3", "0,1|2,3", "0|1|2"]
+    assert [env["OMP_NUM_THREADS"] for env in asked] == ["4", "2", "1"]
+
+
 @pytest.fixture
 def other_python(tmp_path):
     """Another environment's Python: it borrows the packages of this one, but not the project, which
@@ -330,5 +345,6 @@ def test_vllm_over_two_ranks_of_another_environment_finds_the_same_text(
         == timing.generate(models.load(str(folder)), torch.tensor([PROMPT]), NEW).ids
     )
     assert len(found["runs"][0]["stamps_s"]) == NEW
+    assert found["threads"] == max(1, torch.get_num_threads() // 2)
     assert sum(found["own_bytes"]) == pytest.approx(memory.weight_bytes(whole), rel=0.01)
     assert max(found["own_bytes"]) < 0.51 * memory.weight_bytes(whole)

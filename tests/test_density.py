@@ -11,7 +11,9 @@ import nbformat
 from helpers.series import run
 
 HELPERS = Path(run.__file__).parent.parent
-KIT, SERIES, WORKERS = 13_800, 14_000, 6_500  # nodes in all; the kit is to come down to 10,500
+# Nodes in all. The kit was to come down to 10,500: without tables or dark charts it would. `series`
+# was to stay below 14,000, before checkpoints of random weights and the choice of a model.
+KIT, SERIES, WORKERS = 13_800, 16_000, 6_500
 LINE = 7.2  # nodes a code line, the mean over helpers
 PLACES = {"helpers": 0, "notebooks": 12}  # places to unfold
 SILENT = (

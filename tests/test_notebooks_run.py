@@ -11,9 +11,10 @@ import sys
 import nbformat
 import papermill
 import pytest
+from papermill.exceptions import PapermillExecutionError
 
 from helpers import machine, results
-from helpers.series import claims, report, run, stamps
+from helpers.series import claims, parameters, report, run, stamps
 
 LESSONS = [path.stem for path in run.notebooks()[:-1]]
 COMPARISON = run.notebooks()[-1]
@@ -193,12 +194,100 @@ def test_a_failed_notebook_fails_the_run_after_the_others(tmp_path, capsys, monk
     assert "seed 5" in (out / "02_good.ipynb").read_text()
 
 
+DEFAULTS = {
+    "MODEL": "auto",
+    "PROMPT": "a b",
+    "COUNT": 3,
+    "RATE": 0.1,
+    "ON": True,
+    "SIZES": [1, 2],
+    "NAMES": [],
+    "RESULTS_DIR": "",
+    "FIGURES_DIR": "",
+}
+
+
 @pytest.mark.parametrize(
-    ("text", "value"),
-    [("8", 8), ("1e-3", 0.001), ("[1, 2]", [1, 2]), ("true", True), ("a b", "a b"), ("", "")],
+    ("pair", "value"),
+    [
+        ("COUNT=8", 8),
+        ("RATE=1e-3", 0.001),
+        ("RATE=2", 2.0),
+        ("SIZES=[1, 2.5]", [1, 2.5]),
+        ("SIZES=[1e-1]", [0.1]),
+        ("NAMES=[a, b]", ["a", "b"]),
+        ("ON=false", False),
+        ("PROMPT=42", "42"),
+        ("PROMPT=yes", "yes"),
+        ("PROMPT=Answer: 42", "Answer: 42"),
+        ("PROMPT=[INST] Hello [/INST]", "[INST] Hello [/INST]"),
+        ("PROMPT=`ls`", "`ls`"),
+        ("MODEL=", ""),
+    ],
 )
-def test_values_are_what_they_look_like(text, value):
-    assert run.parse_parameters([f"NAME={text}"]) == {"NAME": value}
+def test_the_default_decides_what_a_value_is(pair, value):
+    (given,) = run.parse_parameters([pair], DEFAULTS).values()
+    assert given == value and type(given) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "default", "sentence"),
+    [
+        ("many", 3, "X='many' must be a whole number, not below zero."),
+        (2.5, 3, "X=2.5 must be a whole number, not below zero."),
+        (True, 3, "X=True must be a whole number, not below zero."),
+        (None, 3, "X=None must be a whole number, not below zero."),
+        (-1, 3, "X=-1 must be a whole number, not below zero."),
+        ("nan", 0.1, "X='nan' must be a number, not below zero."),
+        ("perhaps", True, "X='perhaps' must be True or False."),
+        (4, [1, 2], "X=4 must be a list, like [1, 2]."),
+        ("[1, a]", [1, 2], "X='[1, a]' must be a list, like [1, 2]."),
+        ("[1, ", [1, 2], "X='[1, ' must be a list, like [1, 2]."),
+        (42, "auto", "X=42 must be text."),
+        ({"Answer": 42}, "auto", "X={'Answer': 42} must be text."),
+        (None, "auto", "X=None must be text."),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_in_one_sentence(value, default, sentence):
+    with pytest.raises(ValueError) as refusal:
+        parameters.typed("X", value, default)
+    assert str(refusal.value) == sentence
+
+
+CHECKED = """
+from helpers.series.parameters import check_parameters
+check_parameters(globals())
+print([RATE, COUNT, SIZES, ON, PROMPT])
+"""
+
+
+@pytest.mark.notebook
+def test_what_papermill_leaves_text_becomes_what_it_means(tmp_path):
+    notebook = nbformat.v4.new_notebook()
+    notebook.metadata["kernelspec"] = KERNEL
+    lines = "\n".join(f"{name} = {default!r}" for name, default in DEFAULTS.items())
+    notebook.cells = [
+        nbformat.v4.new_code_cell(lines, metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(CHECKED),
+    ]
+    path, out = tmp_path / "values.ipynb", tmp_path / "out.ipynb"
+    nbformat.write(notebook, path)
+    text = {"RATE": "1e-3", "COUNT": "64", "SIZES": "[30, 50]", "ON": "false", "PROMPT": "1e-3"}
+    run.execute(path, out, text)
+    (shown,) = [cell for cell in nbformat.read(out, 4).cells if cell.get("outputs")]
+    assert "[0.001, 64, [30, 50], False, '1e-3']" in shown.outputs[0].text
+    with pytest.raises(PapermillExecutionError, match="COUNT='many' must be a whole number"):
+        run.execute(path, out, {"COUNT": "many"})
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_parameters_are_checked_before_they_are_used(name):
+    """Nothing is loaded, opened or decided between the parameters and their check."""
+    cells = nbformat.read(run.NOTEBOOKS / f"{name}.ipynb", 4).cells
+    code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    checked = code.index("\ncheck_parameters(globals())\n")
+    for use in ("results.check(", "results.open(", "models.tokenizer(", "pick_device("):
+        assert checked < code.index(use)
 
 
 def test_folders_belong_to_the_caller(tmp_path, monkeypatch):
@@ -206,13 +295,14 @@ def test_folders_belong_to_the_caller(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "config.json").write_text("{}")
-    given = run.parse_parameters(["RESULTS_DIR=mine", "FIGURES_DIR=~/x", "MODEL=tiny"])
-    assert given == {
+    pairs = ["RESULTS_DIR=mine", "FIGURES_DIR=~/x", "MODEL=tiny"]
+    assert run.parse_parameters(pairs, DEFAULTS) == {
         "RESULTS_DIR": str(tmp_path / "mine"),
         "FIGURES_DIR": str(tmp_path / "home" / "x"),
         "MODEL": str(tmp_path / "tiny"),
     }
-    assert run.parse_parameters(["MODEL=Qwen/Qwen2.5-3B"]) == {"MODEL": "Qwen/Qwen2.5-3B"}
+    hub = {"MODEL": "Qwen/Qwen2.5-3B"}
+    assert run.parse_parameters(["MODEL=Qwen/Qwen2.5-3B"], DEFAULTS) == hub
 
 
 def executed(notebook) -> nbformat.NotebookNode:

@@ -14,12 +14,22 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    DeepseekV2Config,
+    DeepseekV3Config,
     FalconConfig,
+    Gemma3TextConfig,
+    GptOssConfig,
+    Lfm2Config,
+    MambaConfig,
+    MistralConfig,
     MixtralConfig,
+    Qwen3Config,
+    Qwen3NextConfig,
+    RecurrentGemmaConfig,
     T5Config,
 )
 
-from helpers import models
+from helpers import limits, models
 from helpers.series import anatomy, planner
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +42,9 @@ PARAMETERS = {
     "llama-2-7b": 6_738_415_616,
     "llama-2-70b": 68_976_648_192,
     "llama-3.1-8b": 8_030_261_248,
+    "qwen2.5-1.5b": 1_543_714_304,
     "qwen2.5-3b": 3_085_938_688,
+    "smollm2-135m": 134_515_008,
 }
 TOLERANCE = {
     "fp32": 0.015,
@@ -77,7 +89,8 @@ def test_parameters_are_those_of_the_real_model(name):
 
 
 def test_the_project_writes_every_configuration_it_needs():
-    assert {path.stem for path in anatomy.CONFIGS.glob("*.json")} == set(PARAMETERS)
+    written = {path.stem for path in anatomy.CONFIGS.glob("*.json")}
+    assert {name for name in written if not name.startswith("tiny-")} == set(PARAMETERS)
 
 
 def test_litgpt_keeps_falcons_head_untied():
@@ -272,6 +285,131 @@ def test_cache_bytes_are_those_transformers_keeps(fixture, request):
     )
 
 
+SMALL = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+LATENT = SMALL | {
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 2,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 64,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 64,
+    "first_k_dense_replace": 1,
+}
+CACHES = {
+    "2 of 4 layers attend": Lfm2Config(num_hidden_layers=4, full_attn_idxs=[1, 3], **SMALL),
+    "1 of 4 layers attends, float32 states": Qwen3NextConfig(
+        num_hidden_layers=4,
+        head_dim=32,
+        num_experts=4,
+        num_experts_per_tok=1,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        **SMALL,
+    ),
+    "latent": DeepseekV2Config(**LATENT),
+    "latent, newer": DeepseekV3Config(**LATENT),
+    "a window in 5 of 6 layers": Gemma3TextConfig(
+        num_hidden_layers=6, head_dim=32, sliding_window=16, **SMALL
+    ),
+    "a window in all": MistralConfig(num_hidden_layers=2, sliding_window=16, **SMALL),
+    "no attention": MambaConfig(vocab_size=512, hidden_size=128, num_hidden_layers=2),
+}
+
+
+def filled_cache_bytes(net, batch: int, tokens: int) -> int:
+    """Bytes of all tensors in the cache that a forward of this model fills."""
+    with torch.no_grad():
+        output = net(torch.zeros(batch, tokens, dtype=torch.long), use_cache=True)
+    cache = output.get("past_key_values", output.get("cache_params"))
+    total = 0
+    for layer in cache.layers:
+        for held in vars(layer).values():
+            tensors = held.values() if isinstance(held, dict) else [held]
+            total += sum(x.nbytes for x in tensors if torch.is_tensor(x) and x.ndim > 1)
+    return total
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("case", CACHES)
+def test_hybrid_and_latent_caches_are_those_transformers_fills(case, tokens, tmp_path):
+    config = CACHES[case]
+    for dtype, technique in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        net = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        filled = filled_cache_bytes(net, 2, tokens)
+        assert anatomy.kv_cache_bytes(net.config, tokens, 2, dtype.itemsize) == filled
+        net.config.save_pretrained(tmp_path)
+        anatomy.describe.cache_clear()
+        model = planner.describe(str(tmp_path))
+        planned = planner.memory(model, technique, batch=2, length=tokens)
+        assert planned["kv_cache_bytes"] == filled
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens", "published"),
+    [
+        # vLLM's log, by hf-mem's issue 60: 78,384 tokens in 5.38 GiB, windows not counted
+        (GptOssConfig(), 1, 73_728),
+        # mlxcel's issue 172: 139 MiB; 22 of gemma-3-1b's 26 layers keep 512 positions
+        (
+            Gemma3TextConfig(
+                hidden_size=1152,
+                intermediate_size=6912,
+                num_attention_heads=4,
+                num_key_value_heads=1,
+                num_hidden_layers=26,
+                sliding_window=512,
+            ),
+            32_768,
+            139 * 2**20,
+        ),
+        (DeepseekV3Config(), 1, 70_272),  # arXiv:2412.19437: 61 layers of 512 + 64
+        # its model card: 28 layers of 8 heads of 128
+        (
+            Qwen3Config(
+                hidden_size=1024,
+                intermediate_size=3072,
+                num_hidden_layers=28,
+                num_attention_heads=16,
+                num_key_value_heads=8,
+            ),
+            1,
+            114_688,
+        ),
+    ],
+    ids=["gpt-oss-120b", "gemma-3-1b", "deepseek-v3", "qwen3-0.6b"],
+)
+def test_cache_bytes_are_those_published(config, tokens, published, tmp_path):
+    config.save_pretrained(tmp_path)
+    cached = planner.kv_cache(planner.describe(str(tmp_path)), length=tokens)
+    assert cached == pytest.approx(published, rel=1e-3)
+
+
+def test_a_cache_that_is_not_known_is_one_sentence(tmp_path):
+    config = RecurrentGemmaConfig(num_hidden_layers=3, lru_width=128, **SMALL)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is not known to the planner") as caught:
+        planner.memory(planner.describe(str(tmp_path)), "bf16")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="is not known"):
+        anatomy.kv_cache_bytes(config, 10)
+
+
 def test_shared_keys_and_values_make_a_small_cache():
     falcon, llama = planner.describe("falcon-7b"), planner.describe("llama-2-70b")
     assert planner.kv_cache(falcon, length=1) == 2 * 32 * 1 * 64 * 2
@@ -366,7 +504,8 @@ def test_the_allocator_rounds_large_tensors_up(asked, given):
     assert anatomy.allocated(asked) == given
 
 
-def test_one_token_reads_only_its_experts(tmp_path):
+@pytest.mark.parametrize("tied", [True, False])
+def test_planner_and_kit_read_the_same_in_a_step(tied, tmp_path):
     config = MixtralConfig(
         vocab_size=1000,
         hidden_size=64,
@@ -376,15 +515,19 @@ def test_one_token_reads_only_its_experts(tmp_path):
         num_key_value_heads=2,
         num_local_experts=8,
         num_experts_per_tok=2,
+        tie_word_embeddings=tied,
     )
-    config.save_pretrained(tmp_path)
+    net = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+    net.config.save_pretrained(tmp_path)
     model, gpu = planner.describe(str(tmp_path)), planner.gpu("t4")
-    found = planner.parameters(model)
-    assert found["experts"] == 2 * 8 * 3 * 64 * 128
-    read = 2 * (found["total"] - found["embedding"] - 0.75 * found["experts"]) + planner.kv_cache(
-        model, length=1
-    )
-    assert planner.limit(model, "fp16", gpu) == pytest.approx(gpu.bandwidth_bytes_per_s / read)
+    count = planner.parameters(model)
+    assert count["experts"] == 2 * 8 * 3 * 64 * 128
+    assert 2 * count["read"] == limits.decode_bytes(net)
+    assert count["prompt"] == limits.prefill_parameters(net)
+    for batch in (1, 8):  # all sequences may pick the same experts
+        read = limits.decode_bytes(net) + planner.kv_cache(model, batch, length=1)
+        limit = limits.decode_limit(read, gpu.bandwidth_bytes_per_s, batch)
+        assert planner.limit(model, "fp16", gpu, batch=batch) == pytest.approx(limit)
 
 
 def test_every_gpu_has_sound_figures_and_a_source():

@@ -12,7 +12,7 @@ from PIL import Image
 from test_results import a_record
 
 from helpers import plots, results
-from helpers.series import report, run
+from helpers.series import report, run, serving_charts
 
 STEPS = [
     ("one-by-one", "static-transformers", "batching"),
@@ -148,20 +148,20 @@ def test_cpu_ranks_stay_out_of_the_chart_of_speeds(comparison):
 
 
 def test_batching_draws_steps_in_order_and_the_rest_below():
-    figure = plots.batching(frame(*batches()), steps=STEPS)
+    figure = serving_charts.batching(frame(*batches()), steps=STEPS)
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert names[:4] == ["one-by-one", "static-transformers", "static-vllm", "continuous-vllm"]
     assert names[4:] == ["continuous-llamacpp · 4-bit", "openvino"]
     assert {"batching\n2.0×", "engine\n2.0×", "scheduler\n2.5×", "unsupported"} <= texts(figure)
-    assert not any("engine" in text for text in texts(plots.batching(frame(*batches()))))
+    assert not any("engine" in text for text in texts(serving_charts.batching(frame(*batches()))))
 
 
 def test_a_server_is_drawn_by_batch_size_and_by_rate():
-    figure = plots.throughput_latency(frame(*batches()))
+    figure = serving_charts.throughput_latency(frame(*batches()))
     assert len(figure.axes) == 4
     assert {"16", "p99\n", "objective", "1 failed"} <= texts(figure)
     only = [row for row in batches() if row.sweep == "batch_size"]
-    assert len(plots.throughput_latency(frame(*only)).axes) == 1
+    assert len(serving_charts.throughput_latency(frame(*only)).axes) == 1
 
 
 def test_memory_is_what_was_taken_above_the_start():
@@ -273,8 +273,8 @@ def test_colours_are_the_same_in_the_dark_and_no_ink_is_lost(tmp_path):
 
 
 def test_a_chart_without_records_says_so(tmp_path):
-    rows = plots.swept(frame(*speeds()))
-    figure = plots.throughput_latency(rows)
+    rows = serving_charts.swept(frame(*speeds()))
+    figure = serving_charts.throughput_latency(rows)
     assert "no record to draw" in figure.get_suptitle()
     with pytest.raises(plots.NoData, match=r"^throughput_latency: no record to draw\.$"):
         plots.save(figure, rows, tmp_path, "throughput_latency")

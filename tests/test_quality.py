@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from transformers import AutoConfig, BloomConfig, GPT2Config, GPT2LMHeadModel
 
 from helpers import models, quality
 
@@ -36,6 +37,39 @@ def test_windows_do_not_overlap_and_give_enough_predictions():
 def test_a_text_too_short_is_refused_in_a_sentence():
     with pytest.raises(ValueError, match="lower EVAL_TOKENS"):
         quality.windows(models.tokenizer(), "a few words", 64, 300)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "longest", "length"),
+    [(8000, 512, 512), (300, 512, 300), (1, 512, 2), (8000, 128, 128), (8000, 2000, 512)],
+)
+def test_a_window_fits_the_question_and_the_model(tiny_llama, tokens, longest, length):
+    """The tiny model was made for 512 tokens."""
+    config = AutoConfig.from_pretrained(tiny_llama)
+    assert quality.window_length(config, tokens, longest) == length
+
+
+def test_a_context_shorter_than_the_usual_window(tmp_path):
+    """GPT-2 has a row for each position and no more: longer windows cannot be scored at all."""
+    torch.manual_seed(0)
+    net = GPT2LMHeadModel(GPT2Config(n_positions=40, n_embd=32, n_layer=1, n_head=2)).eval()
+    length = quality.window_length(net.config, 100)
+    ids = quality.windows(models.tokenizer(), models.text("evaluation").content, length, 100)
+    found = quality.compare({"base": quality.Forward(net)}, "base", ids)["base"]
+    assert found.seq_len == 40 and found.tokens >= 100
+
+
+def test_a_model_without_a_longest_text_has_the_usual_window():
+    assert quality.window_length(BloomConfig(), 8000) == 512
+
+
+def test_one_token_is_scored_and_has_no_interval(tiny_llama):
+    net = models.load(tiny_llama)
+    length = quality.window_length(net.config, 1)
+    ids = quality.windows(models.tokenizer(), models.text("evaluation").content, length, 1)
+    forwards = {name: quality.Forward(net) for name in ("base", "same")}
+    found = quality.compare(forwards, "base", ids)
+    assert found["base"].tokens == 1 and found["same"].nll_delta_ci95 is None
 
 
 def test_perplexity_is_that_of_the_textbook(scored):

@@ -297,19 +297,35 @@ def test_limits_are_begun_anew_when_torch_changes(tmp_path):
     assert kept.bandwidth_bytes_per_s == 30e9
 
 
-def test_of_limit_is_the_same_for_the_same_bytes_per_second():
+def limits_of(kind: str, **ceilings) -> results.MachineLimits:
     limits = results.MachineLimits(hardware="h", torch="t")
-    limits.devices["cpu"] = results.Ceilings(
-        bandwidth_bytes_per_s=100.0, bandwidth_spread=0.0, bandwidth_readings=2
+    limits.devices[kind] = results.Ceilings(
+        bandwidth_bytes_per_s=100.0, bandwidth_spread=0.0, bandwidth_readings=2, **ceilings
     )
+    return limits
+
+
+def test_of_limit_is_the_same_for_the_same_bytes_per_second():
     rows = [
-        a_record(id="a", step_bytes=10, moved_bytes_per_s=50.0),
-        a_record(id="b", step_bytes=40, moved_bytes_per_s=50.0, batch_size=8),
-        a_record(id="c", device="cuda", step_bytes=10, moved_bytes_per_s=50.0),
+        a_record(id="a", step_bytes=10, decode_tokens_per_s=5.0),
+        a_record(id="b", step_bytes=40, decode_tokens_per_s=10.0, batch_size=8),
+        a_record(id="c", device="cuda", step_bytes=10, decode_tokens_per_s=5.0),
     ]
-    frame = results.frame(rows, limits)
+    frame = results.frame(rows, limits_of("cpu"))
     assert frame["limit_share"].tolist()[:2] == [0.5, 0.5] and frame["limit_share"].isna()[2]
     assert frame["limit_tokens_per_s"].tolist()[:2] == [10.0, 20.0]
+
+
+def test_launches_are_the_limit_where_they_take_longer_than_the_bytes():
+    step = {"device": "cuda:0", "step_bytes": 10, "decode_tokens_per_s": 2.0}
+    rows = [
+        a_record(id="eager", launches=500, **step),
+        a_record(id="graph", launches=1, **step),
+        a_record(id="unknown", **step),
+    ]
+    frame = results.frame(rows, limits_of("cuda", launch_s=5e-4))
+    assert frame["limit_tokens_per_s"].tolist() == [4.0, 10.0, 10.0]
+    assert frame["limit_share"].tolist() == [0.5, 0.2, 0.2]
 
 
 def test_no_committed_row_is_above_its_ceiling():
@@ -333,3 +349,28 @@ def test_a_table_shows_failures_and_memory_above_the_start():
     table = results.table(rows)
     assert table.loc["fp32", "running GB"] == "4.00" and table.loc["fp32", "loading GB"] == "6.00"
     assert table.loc["x", "note"] == "oom: no room"
+
+
+def test_each_detail_is_declared_with_its_type():
+    for path in sorted((results.ROOT / "notebooks" / "results").glob("*/*/[0-9]*.json")):
+        assert results.undeclared_details(results.read(path).records) == []
+
+
+@pytest.mark.parametrize(
+    ("technique", "details", "problem"),
+    [
+        ("bfloat16", {"nativ": True}, "bfloat16: nativ is not declared"),
+        ("bfloat16", {"native": 1.0}, "bfloat16: native is 1.0, not bool"),
+        ("bfloat16", {"compute_flops_per_s": True}, "is True, not float"),
+        ("adapters", {"train_s": [1, "2"]}, "is [1, '2'], not float"),
+        ("adapters", {"nll_against_lora": 0.1, "merge_s": [1.0]}, None),
+        ("bfloat16", {"nll_against_lora": 0.1}, "nll_against_lora is not declared"),
+        ("an_eighth", {"anything": "goes"}, None),
+    ],
+)
+def test_details_that_no_table_knows_are_found(technique, details, problem):
+    problems = results.undeclared_details([a_record(technique=technique, details=details)])
+    if problem is None:
+        assert problems == []
+    else:
+        assert problem in problems[0]

@@ -5,9 +5,11 @@ The model is built on the meta device: shapes without weights. Sizes are bytes. 
 on it.
 """
 
+import copy
 import difflib
 import functools
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from helpers import models
+from helpers import limits, models
 
 CONFIGS = Path(__file__).parent.parent / "data" / "configs"
 
@@ -101,7 +103,9 @@ TECHNIQUES = {
 
 
 class Tensors(NamedTuple):
-    """Tensors alike. kind: embedding, head, linear, experts, or other (norms, biases, …)."""
+    """Tensors alike. kind: embedding, head, linear, experts, table (looked up: positions), or other
+    (norms, biases, …).
+    """
 
     kind: str
     rows: int
@@ -109,9 +113,30 @@ class Tensors(NamedTuple):
     count: int
 
 
+class CacheLayer(NamedTuple):
+    """What a layer's cache keeps of a sequence, in numbers.
+
+    heads : key/value heads, 0 where it has none. position : of each position, all heads together.
+    window : positions kept at most. state, float32_state : whatever the length, in the model's
+    type and in float32 (convolutions, linear attention).
+    """
+
+    heads: int
+    position: int
+    window: float
+    state: int
+    float32_state: int
+
+    def nbytes(self, tokens: int, bytes_per_number: int) -> int:
+        numbers = self.position * min(tokens, self.window) + self.state
+        return numbers * bytes_per_number + self.float32_state * 4
+
+
 class Model(NamedTuple):
-    """What a configuration says of a model; `experts_used` is the fraction of the experts that one
-    token reads.
+    """What a configuration says of a model.
+
+    experts_used : the fraction of the experts that one token reads. cache : None where it is not
+    known.
     """
 
     name: str
@@ -126,6 +151,7 @@ class Model(NamedTuple):
     mlp: int
     vocabulary: int
     experts_used: float
+    cache: tuple[CacheLayer, ...] | None
 
 
 def nearest(name: str, known) -> str:
@@ -149,18 +175,14 @@ def choose(technique: str, engine: str | None) -> tuple[Technique, Engine]:
 
 
 def _meta(name: str):
-    """(configuration, model on the meta device) of a name."""
+    """The model of a name on the meta device."""
     written = {path.stem: path for path in CONFIGS.glob("*.json")}
     try:
         if name.lower() in written:
             config = AutoConfig.for_model(**json.loads(written[name.lower()].read_text()))
         else:
-            config = AutoConfig.from_pretrained(
-                models.resolve(name, quantized=True)
-            ).get_text_config()
-        vars(config).pop("quantization_config", None)
-        with torch.device("meta"):
-            return config, AutoModelForCausalLM.from_config(config)
+            config = AutoConfig.from_pretrained(models.resolve(name, quantized=True))
+        return meta_model(config)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{name!r} is no causal language model in a folder here or reachable on the hub; of "
@@ -174,12 +196,81 @@ def _first(config, *names: str, default):
     )
 
 
-def _kv_heads(config) -> int:
+def _kv_heads(config, heads: int) -> int:
     if getattr(config, "multi_query", False) and not getattr(
         config, "new_decoder_architecture", False
     ):
         return 1
-    return _first(config, "num_kv_heads", "num_key_value_heads", default=config.num_attention_heads)
+    return _first(config, "num_kv_heads", "num_key_value_heads", default=heads)
+
+
+def meta_model(config):
+    """The model of a configuration on the meta device: shapes without weights, in bfloat16."""
+    config = copy.deepcopy(config.get_text_config())
+    vars(config).pop("quantization_config", None)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation="eager"
+        ).eval()
+
+
+def cache_layers(net) -> list[CacheLayer]:
+    """What transformers' cache keeps, layer by layer: a model of `meta_model` is given two tokens.
+
+    Raises ValueError in one sentence where that is not known.
+    """
+    tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")
+    try:
+        with torch.no_grad():
+            output = net(tokens, use_cache=True)
+        cache = output.get("past_key_values", output.get("cache_params"))
+        return [_cache_layer(layer) for layer in cache.layers]
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        kind = net.config.model_type
+        raise ValueError(f"What a {kind} model caches for a sequence is not known.") from error
+
+
+def _cache_layer(layer) -> CacheLayer:
+    if type(layer).__module__ != "transformers.cache_utils":
+        raise TypeError(f"{type(layer).__name__} is a cache of the model's own")
+    keys = getattr(layer, "keys", None)
+    grows = [keys, getattr(layer, "values", None), getattr(layer, "indexer_keys", None)]
+    states = [
+        *getattr(layer, "conv_states", {}).values(),
+        *getattr(layer, "recurrent_states", {}).values(),
+    ]
+    state, wide = 0, 0
+    for tensor in filter(torch.is_tensor, states):
+        if tensor.dtype == torch.float32:
+            wide += tensor.numel()
+        else:
+            state += tensor.numel()
+    return CacheLayer(
+        heads=0 if keys is None else keys.shape[1],
+        position=sum(tensor.numel() // 2 for tensor in filter(torch.is_tensor, grows)),
+        # the newest token is not kept, but attended to beside what is
+        window=getattr(layer, "sliding_window", math.inf) - 1,
+        state=state,
+        float32_state=wide,
+    )
+
+
+def kv_cache_bytes(
+    config, tokens: int, batch_size: int = 1, bytes_per_number: int | None = None
+) -> int:
+    """Bytes that the cache holds: keys and values, or what linear and latent attention keep.
+
+    Parameters
+    ----------
+    tokens : positions of every sequence; a sliding window keeps fewer.
+    bytes_per_number : 4 for float32, 2 for 16 bit; by default that of the config's dtype.
+
+    Raises ValueError in one sentence where the cache is not known.
+    """
+    if bytes_per_number is None:
+        bytes_per_number = (config.get_text_config().dtype or torch.float32).itemsize
+    layers = cache_layers(meta_model(config))
+    return batch_size * sum(layer.nbytes(tokens, bytes_per_number) for layer in layers)
 
 
 @functools.cache
@@ -190,7 +281,8 @@ def describe(name: str) -> Model:
     Its tensors are counted by kind and shape, tied ones once. Raises ValueError (one sentence) when
     not found.
     """
-    config, net = _meta(name)
+    net = _meta(name)
+    config, shares = net.config, limits.read_shares(net)
     embedding, head = net.get_input_embeddings().weight, net.get_output_embeddings().weight
     linear = {id(m.weight) for m in net.modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
 
@@ -199,13 +291,16 @@ def describe(name: str) -> Model:
             return "embedding"
         if parameter is head:
             return "head"
-        if id(parameter) in linear:
-            return "linear"
-        return "experts" if parameter.ndim == 3 else "other"
+        if parameter in shares:
+            return "experts" if shares[parameter] else "table"
+        return "linear" if id(parameter) in linear else "other"
 
     alike = Counter((kind(p), p.numel() // p.shape[-1], p.shape[-1]) for p in net.parameters())
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    experts = _first(config, "num_local_experts", "num_experts", "n_routed_experts", default=1)
+    hidden, heads = config.hidden_size, _first(config, "num_attention_heads", default=1)
+    try:
+        cache = tuple(cache_layers(net))
+    except ValueError:
+        cache = None
     tensors = tuple(Tensors(*key, count) for key, count in alike.items())
     return Model(
         Path(name).name,
@@ -215,32 +310,42 @@ def describe(name: str) -> Model:
         config.num_hidden_layers,
         hidden,
         heads,
-        _kv_heads(config),
+        _kv_heads(config, heads),
         _first(config, "head_dim", default=hidden // heads),
         _first(
             config, "intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner", default=4 * hidden
         ),
         config.vocab_size,
-        _first(config, "num_experts_per_tok", default=experts) / experts,
+        min(filter(None, shares.values()), default=1),
+        cache,
     )
 
 
 def parameters(model: Model, untied: bool = False) -> dict[str, int]:
-    """Parameter counts: embedding, head (0 if tied, unless `untied`), linear, experts, other,
-    layer, total.
+    """Parameter counts: embedding, head (0 if tied, unless `untied`), linear, experts, table, other,
+    layer, total, read, prompt.
 
-    linear and experts are the decoder's, layer their share in one layer; other: norms, biases,
-    positions.
+    linear and experts are the decoder's, layer their share in one layer; table: positions; other:
+    norms, biases. read, prompt: those that a decode step reads, and that each prompt token goes
+    through (`limits.read_shares`, `limits.prefill_limit`).
     """
-    found = Counter(dict.fromkeys(("embedding", "head", "linear", "experts", "other"), 0))
+    kinds = ("embedding", "head", "linear", "experts", "table", "other")
+    found = Counter(dict.fromkeys(kinds, 0))
     for t in model.tensors:
         found[t.kind] += t.rows * t.columns * t.count
+    tied = model.tied and not untied
     if untied and model.tied:
         found["head"] += found["embedding"]
+    total = found.total()
+    read = total - found["table"] - round((1 - model.experts_used) * found["experts"])
+    if not tied:
+        read -= found["embedding"]
     return {
         **found,
         "layer": (found["linear"] + found["experts"]) // model.layers,
-        "total": found.total(),
+        "total": total,
+        "read": read,
+        "prompt": read - found["embedding" if tied else "head"],
     }
 
 
@@ -250,7 +355,7 @@ def _parts(
     """The blocks a tensor of this kind is stored in."""
     is_head = kind == "head" or (kind == "embedding" and tied)
     if technique.engine == "llama.cpp":
-        if kind == "other":  # norms stay in 32 bits
+        if kind in ("table", "other"):  # norms stay in 32 bits
             return FP32
         if not is_head:
             return technique.parts
@@ -294,7 +399,8 @@ def stored(
     for kind, rows, columns, count in tensors:
         vocabulary = kind in ("embedding", "head")
         if split == "fsdp" or (
-            split == "tensor" and (engine.shards_vocabulary if vocabulary else kind != "other")
+            split == "tensor"
+            and (engine.shards_vocabulary if vocabulary else kind not in ("table", "other"))
         ):
             rows = -(-rows // gpus)
         if split == "sequential" and not vocabulary:

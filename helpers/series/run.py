@@ -13,13 +13,12 @@ from pathlib import Path
 
 import nbformat
 import papermill
-import yaml
 from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
 from rich.table import Table
 
 from helpers import machine, models, results
-from helpers.series import stamps
+from helpers.series import parameters, stamps
 
 NOTEBOOKS = stamps.NOTEBOOKS
 FOLDERS = ("RESULTS_DIR", "FIGURES_DIR")  # parameters that name a folder
@@ -41,9 +40,10 @@ def notebooks(only: list[str] | None = None) -> list[Path]:
     return [path for path in paths if path.name.startswith(tuple(only))]
 
 
-def known_parameters(notebook: Path) -> set[str]:
-    """Names in a notebook's cell tagged `parameters`."""
-    return set(papermill.inspect_notebook(str(notebook)))
+def known_parameters(notebook: Path) -> dict:
+    """The defaults in a notebook's cell tagged `parameters`, by name."""
+    inspected = papermill.inspect_notebook(str(notebook))
+    return {name: ast.literal_eval(shown["default"]) for name, shown in inspected.items()}
 
 
 def smoke_parameters(notebook: Path) -> dict:
@@ -67,6 +67,8 @@ def execute(notebook: Path, out: Path, parameters: dict, progress: bool = False)
         progress_bar=progress,
         log_output=False,
         start_timeout=600,  # seconds; a busy machine starts a kernel late
+        # else it warns that TCP on this machine is not encrypted
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],
     )
 
 
@@ -99,62 +101,45 @@ def _is_definition(node: ast.stmt) -> bool:
     return isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef))
 
 
-def parse_parameters(pairs: list[str]) -> dict:
-    """["NAME=value", ...] to a dict, values read as YAML ("8" is a number, "1e-3" too).
+def parse_parameters(pairs: list[str], defaults: dict) -> dict:
+    """["NAME=value", ...] to a dict, each value in the type of its default ("1e-3" is a number
+    where that is one, and text stays as it was typed).
 
-    Folders are taken relative to where the command was given, not to the notebooks' own.
+    An unknown parameter is an error (papermill alone only logs it). Paths are taken relative to
+    where the command was given, not to the notebooks' own folder.
 
     Raises ValueError in one sentence.
     """
-    parameters = {}
+    given = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not name.isidentifier():
             raise ValueError(f"-p {pair}: write it as NAME=value.")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"-p {pair}: the value cannot be read as YAML.") from error
-        if isinstance(value, str):
-            value = _number_or_path(name, value)
-        parameters[name] = "" if value is None else value
-    return parameters
+        if name not in defaults:
+            known = ", ".join(sorted(defaults))
+            raise ValueError(f"unknown parameter {name}; these are known: {known}.")
+        given[name] = _of_the_caller(name, parameters.typed(name, text, defaults[name]))
+    return given
 
 
-def _number_or_path(name: str, value: str):
-    """YAML 1.1 reads 1e-3 as a string, which nobody means; and a path belongs to the caller."""
-    try:
-        return float(value)
-    except ValueError:
-        pass
-    path = Path(value).expanduser()
+def _of_the_caller(name: str, value):
+    """A path belongs to the folder of the caller."""
+    if not isinstance(value, str) or not value:
+        return value
+    path = Path(os.path.expanduser(value))  # unlike Path's own, it leaves an unknown user alone
     is_model = name == "MODEL" and (path / "config.json").is_file()
-    if value and (name in FOLDERS or is_model or value.startswith(("./", "../", "~"))):
+    if name in FOLDERS or is_model or value.startswith(("./", "../", "~")):
         return str(path.resolve())
     return value
-
-
-def check_parameters(chosen: list[Path], given: dict) -> None:
-    """An unknown parameter is an error (papermill alone only logs it): some chosen notebook must
-    know it.
-    """
-    known = set()
-    for path in chosen:
-        known |= known_parameters(path)
-    unknown = sorted(set(given) - known)
-    if unknown:
-        raise ValueError(
-            f"unknown parameter {', '.join(unknown)}; these are known: {', '.join(sorted(known))}."
-        )
 
 
 def run_one(notebook: Path, out: Path, given: dict, profile: str, reference: bool) -> str:
     """Run one notebook and stamp it in a reference run; returns "ok" or what failed, in a line."""
     known = known_parameters(notebook)
     small = smoke_parameters(notebook) if profile == "smoke" else {}
-    parameters = {name: value for name, value in (small | given).items() if name in known}
+    values = {name: value for name, value in (small | given).items() if name in known}
     try:
-        execute(notebook, out, parameters, progress=True)
+        execute(notebook, out, values, progress=True)
         if reference:
             stamps.stamp(notebook, out)
     except PapermillExecutionError as error:
@@ -198,12 +183,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     console = Console()
     try:
-        given = parse_parameters(options.parameters)
+        chosen = notebooks(options.only)
+        defaults = {}
+        for notebook in chosen:
+            defaults |= known_parameters(notebook)
+        given = parse_parameters(options.parameters, defaults)
         if options.reference and (given or options.profile != "full"):
             raise ValueError("--reference runs the notebooks as they stand: no -p, no --profile.")
-        chosen = notebooks(options.only)
-        check_parameters(chosen, given)
         os.environ["SEVEN_PROFILE"] = "reference" if options.reference else options.profile
+        os.environ["TQDM_DISABLE"] = "1"  # in the kernels: a copy would keep every state of a bar
         results.check(given.get("RESULTS_DIR", ""))
         models.resolve(given.get("MODEL", "auto"))
         device = machine.pick_device(given.get("DEVICE", "auto"))

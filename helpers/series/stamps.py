@@ -6,14 +6,17 @@ are not part of it.
 """
 
 import ast
+import base64
 import datetime
 import hashlib
+import io
 import re
 from pathlib import Path
 
 import nbformat
+from PIL import Image
 
-from helpers import machine, results
+from helpers import machine, plots, results
 
 NOTEBOOKS = results.ROOT / "notebooks"
 HELPERS = Path(__file__).resolve().parent.parent
@@ -93,7 +96,17 @@ def _is_noise(output) -> bool:
 
 
 def _clean(output):
-    """An output without widgets, which a file does not show."""
+    """An output without widgets, which a file does not show, and with small pictures."""
     for mime in [mime for mime in output.get("data", {}) if "widget" in mime]:
         del output.data[mime]
+    if "image/png" in output.get("data", {}):
+        output.data["image/png"] = _smaller(output.data["image/png"])
     return output
+
+
+def _smaller(picture: str) -> str:
+    """A PNG file in base64 with at most 128 colours, if that makes it smaller."""
+    content = io.BytesIO()
+    colours = plots.few_colours(Image.open(io.BytesIO(base64.b64decode(picture))), 128)
+    colours.save(content, "png", optimize=True)
+    return min(base64.b64encode(content.getvalue()).decode(), picture, key=len)

@@ -4,6 +4,7 @@ what each rank found.
 
 import ast
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from helpers import machine, quality, results, timing
 from helpers.series import processes
@@ -36,6 +38,11 @@ ENGINES = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+
+
+def threads_of(ranks: int) -> int:
+    """Threads of each rank: all together have as many as torch takes in one process here."""
+    return max(1, torch.get_num_threads() // ranks)
 
 
 @dataclasses.dataclass
@@ -77,7 +84,7 @@ class Jobs:
         at one address.
         """
         ranks, place = sum(nodes), f"127.0.0.1:{processes.free_port()}"
-        threads = max(1, machine.cores() // ranks)  # all ranks together have this machine's cores
+        threads = threads_of(ranks)
         meeting = (
             [
                 "--nnodes",
@@ -122,15 +129,12 @@ class Jobs:
         return str(folder)
 
     def vllm(self, name: str, ranks: int, executor: str, **more) -> list[dict]:
-        """Run vLLM on so many ranks, its scheduler in the script itself; a CPU's cores are shared
-        out by name.
+        """Run vLLM on so many ranks, its scheduler in the script itself; each rank is bound to as
+        many cores as it gets threads.
         """
-        cores = sorted(os.sched_getaffinity(0))
-        bind = (
-            "|".join(str(cores[n % len(cores)]) for n in range(ranks))
-            if ranks > 1
-            else ",".join(map(str, cores))
-        )
+        threads = threads_of(ranks)
+        cores = itertools.cycle(sorted(os.sched_getaffinity(0)))
+        shares = [itertools.islice(cores, threads) for _ in range(ranks)]
         job = self.write(name, ranks=ranks, executor=executor, **more)
         processes.run(
             [self.vllm_python, WORKERS / "vllm_07.py", job],
@@ -138,7 +142,10 @@ class Jobs:
             env={
                 **ENGINES,
                 "PYTHONPATH": self.helpers_alone(),
-                "VLLM_CPU_OMP_THREADS_BIND": bind,
+                "OMP_NUM_THREADS": str(threads),
+                "VLLM_CPU_OMP_THREADS_BIND": "|".join(
+                    ",".join(map(str, share)) for share in shares
+                ),
                 "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
                 "RAY_AUTH_TOKEN": secrets.token_hex(32),
             },
@@ -156,6 +163,7 @@ class Jobs:
             env={
                 **ENGINES,
                 "PYTHONPATH": self.helpers_alone(),
+                "OMP_NUM_THREADS": str(threads_of(1)),  # Ray would set one a replica
                 "VLLM_CPU_OMP_THREADS_BIND": "nobind",
                 "RAY_AUTH_TOKEN": secrets.token_hex(32),
             },

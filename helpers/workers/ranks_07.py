@@ -199,7 +199,12 @@ def generate(job: dict, device: str, ranks: int) -> dict:
     model = loaded[0]
     print(f"{own_bytes(model) / 1e6:.0f} MB of weights here", flush=True)
     runs = [dataclasses.asdict(call(model)) for _ in range(job["warmup"] + job["repeats"])]
-    outcome = {"peak": dataclasses.asdict(peak), "runs": runs, "own_bytes": own_bytes(model)}
+    outcome = {
+        "peak": dataclasses.asdict(peak),
+        "runs": runs,
+        "own_bytes": own_bytes(model),
+        "threads": torch.get_num_threads(),
+    }
     if ranks > 1:
         outcome |= {
             "sent": traffic.sent,

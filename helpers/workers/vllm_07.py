@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from vllm import LLM, SamplingParams
 
 from helpers import memory
@@ -49,9 +50,14 @@ def held_bytes(model) -> int:
     return memory.weight_bytes(model) + sum(sizes)
 
 
+def threads_used(model) -> int:
+    """Threads that a worker computes with."""
+    return torch.get_num_threads()
+
+
 def main() -> None:
     # vLLM's workers import what they are asked for by its name, and this file's is __main__ here
-    from helpers.workers.vllm_07 import held_bytes
+    from helpers.workers.vllm_07 import held_bytes, threads_used
 
     job = json.loads(Path(sys.argv[1]).read_text())
     before = memory.tree_pss(os.getpid())
@@ -83,6 +89,7 @@ def main() -> None:
     found = {
         "runs": runs,
         "own_bytes": weights,
+        "threads": min(llm.apply_model(threads_used)),
         "before": before,
         "tree": memory.tree_pss(os.getpid()),
     }

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from helpers import limits, machine, memory, models, timing
-from helpers.series import run
+from helpers.series import anatomy, run
 
 PROMPT, NEW_TOKENS, PAIRS = "I am so fast that I can", 50, 6
 
@@ -63,8 +63,8 @@ def measure() -> list[tuple[str, timing.Ratio, float]]:
                 worker.close()
     runs = {name: decode_s(series.runs) for name, series in found.items()}
     best = max(("q8", "q4"), key=lambda bits: timing.ratio(runs["fp32"], runs[bits]).value)
-    cache = memory.kv_cache_bytes(net.config, ids.shape[1] + NEW_TOKENS // 2, bytes_per_number=2)
-    step_bytes = memory.weight_bytes(net) + cache
+    cache = anatomy.kv_cache_bytes(net.config, ids.shape[1] + NEW_TOKENS // 2, bytes_per_number=2)
+    step_bytes = limits.decode_bytes(net) + cache
     rounds = len(runs["f32"])
     limit_s = [1 / limits.decode_limit(step_bytes, b) for b in bandwidth.samples[-rounds:]]
     return [
