@@ -15,7 +15,7 @@ from helpers import machine, memory, results, timing
 
 PROBE_BYTES = 512_000_000
 LAUNCHES = 1_000  # kernels in the chain whose cost is measured
-# calls of CUDA's runtime and driver that start a kernel or a whole graph, as the profiler names them
+# calls of CUDA that start a kernel or a whole graph, as the profiler names them
 LAUNCH = re.compile(r"(cuda|cu)(LaunchKernel(Ex|ExC)?|LaunchCooperativeKernel|GraphLaunch)")
 # what configurations call the number of experts that a router picks for a token
 PICKED = ("num_experts_per_tok", "moe_topk", "top_k_experts")

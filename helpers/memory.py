@@ -216,7 +216,12 @@ def _forget_mapped_files() -> None:
             madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_PAGEOUT)
 
 
-def peak_of(variant, device: str = "cpu", release: Callable[[], object] = lambda: None) -> Peak:
+def peak_of(
+    variant,
+    device: str = "cpu",
+    release: Callable[[], object] = lambda: None,
+    warm: bool = False,
+) -> Peak:
     """Load a variant, run it once, and report its memory: a pass of its own, apart from timing.
 
     Parameters
@@ -224,11 +229,19 @@ def peak_of(variant, device: str = "cpu", release: Callable[[], object] = lambda
     variant : what `timing.measure` takes: `load()` makes what `run(...)` needs. Pages of mapped
         weight files count as soon as the run has touched them.
     release : drops what `load` may have cached; called before and after.
+    warm : run it once before, where an earlier model has left workspaces in the libraries: they
+        would stand in the start and go during the run.
 
     Raises what loading or running raises.
     """
     release()
+    if warm:
+        with _every_block_returned():
+            variant.run(variant.load())
+            release()
     free()
+    if not is_cuda(device):
+        _forget_mapped_files()
     before = resident_bytes(device)
     reset_peak(device)
     try:

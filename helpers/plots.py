@@ -260,14 +260,15 @@ def memory(frame: DataFrame, title: str = "Memory") -> Figure:
     figure, parts = panels(having(styled(frame), "weight_bytes", "peak_above_bytes"), title)
     for panel, rows in parts:
         axis = panel.subplots()
-        y = bars(axis, rows, "weight_bytes", "", "GB (label: weights)", "right")
+        y = bars(axis, rows, "weight_bytes", "", "GB (number: peak, else weights)", "right")
         weights, cache = rows.weight_bytes.fillna(0), rows.kv_cache_bytes.fillna(0)
         ends = np.fmax(weights + cache, rows.peak_above_bytes)
         axis.containers[0].set_label("weights")
         axis.barh(y, cache, 0.62, weights, color="0.65", label="KV cache")
         axis.plot(rows.peak_above_bytes, y, "|k", ms=9, mew=1.5, label="peak above start")
-        for at, size, end in zip(y, weights, ends, strict=True):
-            label(axis, f"{size / 1e9:.2f}" if size else "", end, at)
+        numbers = rows.peak_above_bytes.fillna(rows.weight_bytes)
+        for at, number, end in zip(y, numbers, ends, strict=True):
+            label(axis, "" if pd.isna(number) else f"{number / 1e9:.2f}", end, at)
         axis.set_xlim(0, ends.max() * 1.18)
         axis.xaxis.set(major_formatter=GIGABYTES, major_locator=MaxNLocator(5))
         panel.legend(loc="outside lower center", ncols=3, handlelength=1.4)

@@ -380,21 +380,26 @@ class Lesson:
         self._write()
 
     def add_peak(
-        self, name: str, variant: timing.Variant, release: Callable[[], object] = lambda: None
+        self,
+        name: str,
+        variant: timing.Variant,
+        release: Callable[[], object] = lambda: None,
+        warm: bool = False,
     ) -> bool:
         """Measure a variant's peak memory into its row, or write there why it cannot run here.
 
-        release : gives up cached models first, as `memory.peak_of` takes it.
+        release, warm : as `memory.peak_of` takes them.
 
         Returns whether it ran.
         """
         try:
-            self.add(name, peak=memory.peak_of(variant, self.common["device"], release))
+            peak = memory.peak_of(variant, self.common["device"], release, warm)
         except Exception as error:
             status, reason = timing.failure(error)
             self.add(name, status=status, reason=reason)
             print(f"{name}: {reason}")
             return False
+        self.add(name, peak=peak)
         return True
 
     def _merge(self, name: str, fields: dict) -> None:
@@ -690,7 +695,7 @@ def read_all(folder: Path) -> tuple[dict[str, Results], list[str]]:
 
 
 def undeclared_details(records: list[Record]) -> list[str]:
-    """A sentence for each detail that `helpers/data/details.csv` does not know, or not as this type.
+    """A sentence for each detail that `helpers/data/details.csv` does not know, or of another type.
 
     A technique that the table does not have at all declares none: the series can grow.
     """

@@ -322,8 +322,8 @@ def describe(name: str) -> Model:
 
 
 def parameters(model: Model, untied: bool = False) -> dict[str, int]:
-    """Parameter counts: embedding, head (0 if tied, unless `untied`), linear, experts, table, other,
-    layer, total, read, prompt.
+    """Parameter counts: embedding, head (0 if tied, unless `untied`), linear, experts, table,
+    other, layer, total, read, prompt.
 
     linear and experts are the decoder's, layer their share in one layer; table: positions; other:
     norms, biases. read, prompt: those that a decode step reads, and that each prompt token goes
