@@ -454,6 +454,12 @@ class Lesson:
         """See `results.keep_limits`: what this run saw the device do."""
         keep_limits(measured, self.common["device"], self.machine_folder)
 
+    def bandwidth(self) -> float:
+        """The highest stable bandwidth of this device in bytes/s; NaN as long as there is none."""
+        limits = read_limits(self.machine_folder)
+        kind = torch.device(self.common["device"]).type
+        return limits.devices[kind].bandwidth_bytes_per_s if limits else math.nan
+
     def _file(self, finished: bool) -> Results:
         now = datetime.datetime.now(datetime.UTC)
         run = Run(

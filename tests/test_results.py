@@ -1,6 +1,7 @@
 """results: rows on disk as they are measured, round trips, refusals, nothing lost."""
 
 import json
+import math
 import os
 import signal
 import stat
@@ -374,3 +375,27 @@ def test_details_that_no_table_knows_are_found(technique, details, problem):
         assert problems == []
     else:
         assert problem in problems[0]
+
+
+def test_a_variant_that_does_not_fit_is_a_row_with_both_numbers(lesson):
+    def too_large():
+        raise MemoryError("needs 28.5 GB, 22.1 GB are there")
+
+    assert not lesson.add_peak("fp32", timing.Variant(too_large, len))
+    row = results.read(lesson.partial).records[0]
+    assert (row.status, row.reason) == ("oom", "needs 28.5 GB, 22.1 GB are there")
+    assert lesson.add_peak("small", timing.Variant(list, len))
+    assert results.read(lesson.partial).records[1].peak_bytes > 0
+
+
+def test_the_highest_bandwidth_is_that_of_the_machine(lesson):
+    assert math.isnan(lesson.bandwidth())
+    lesson.keep_limits(bandwidth_samples=[40e9, 39.5e9, 10e9])
+    assert lesson.bandwidth() == 40e9
+
+
+def test_a_step_does_not_read_what_is_only_looked_up(lesson):
+    lesson.unread_bytes = 300
+    lesson.add("fp32", weight_bytes=1000, kv_cache_bytes=50)
+    lesson.add("half", weight_bytes=500, kv_cache_bytes=50, unread_bytes=150)
+    assert [record.step_bytes for record in lesson.records] == [750, 400]
