@@ -36,10 +36,10 @@ def test_same_name_means_same_settings(name):
 
 
 @pytest.mark.parametrize("name", BOTH[1:])
-def test_intervals_of_one_variant_overlap(name):
+def test_the_same_variant_gains_alike_in_both(name):
+    """An interval is of one run: between two the machine may drift, as kernels of 16 bits do."""
     for first, second in pairs():
-        lows, highs = zip(first[name].speedup_ci95, second[name].speedup_ci95, strict=True)
-        assert max(lows) <= min(highs)
+        assert abs(first[name].speedup / second[name].speedup - 1) < 0.10
 
 
 def test_no_prefill_is_above_its_ceiling():

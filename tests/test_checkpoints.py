@@ -184,6 +184,7 @@ memory.available_bytes = left
 )
 def test_a_lesson_goes_on_where_float32_does_not_fit(name, tmp_path, monkeypatch):
     monkeypatch.setenv("SEVEN_PROFILE", "smoke")
+    models.resolve("random:tiny-llama")  # made before the memory is small
     notebook = nbformat.read(run.NOTEBOOKS / f"{name}.ipynb", 4)
     at = next(i for i, cell in enumerate(notebook.cells) if "plots.use_style()" in cell.source)
     notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(SMALL))
