@@ -458,7 +458,9 @@ class Lesson:
         """The highest stable bandwidth of this device in bytes/s; NaN as long as there is none."""
         limits = read_limits(self.machine_folder)
         kind = torch.device(self.common["device"]).type
-        return limits.devices[kind].bandwidth_bytes_per_s if limits else math.nan
+        if limits is None or kind not in limits.devices:
+            return math.nan
+        return limits.devices[kind].bandwidth_bytes_per_s
 
     def _file(self, finished: bool) -> Results:
         now = datetime.datetime.now(datetime.UTC)
