@@ -7,10 +7,13 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/ready-$(EXTRA)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: run test test-slow lint reference bench soak readme schema publish constraints clean clean-cache
+.PHONY: run deeper test test-slow lint reference bench soak readme schema publish constraints clean clean-cache
 
 run: $(READY)
 	$(PY) -m helpers.series.run
+
+deeper: $(READY)
+	$(PY) -m helpers.series.run --deeper
 
 test: $(READY) lint
 	$(PY) -m pytest -m "not slow"
@@ -23,6 +26,7 @@ lint: $(READY)
 	$(PY) -m ruff format --check helpers tests
 
 reference: $(READY)
+	$(PY) -m helpers.series.run --deeper --reference
 	$(PY) -m helpers.series.run --reference
 	$(PY) -m helpers.series.report
 

@@ -315,9 +315,11 @@ class Lesson:
         that do not name their own.
     """
 
-    def __init__(self, name: str, model: str, parameters: dict, common: dict, folder: Path):
+    def __init__(
+        self, name: str, technique: str, model: str, parameters: dict, common: dict, folder: Path
+    ):
         self.name = name
-        self.technique = re.sub(r"^\d+_", "", name)
+        self.technique = technique
         self.folder = folder
         self.parameters = parameters
         self.common = common
@@ -508,15 +510,23 @@ _locks: dict[Path, object] = {}  # held until this process ends
 
 
 def open(
-    name: str, model: str, parameters: dict, *, device: str, seed: int, results_dir: str = ""
+    name: str,
+    model: str,
+    parameters: dict,
+    *,
+    device: str,
+    seed: int,
+    results_dir: str = "",
+    technique: str = "",
 ) -> Lesson:
     """Begin the records of a lesson.
 
     Parameters
     ----------
-    name : the notebook's name ("01_mixed_precision"); what follows the number is the technique.
+    name : the notebook's name ("01_mixed_precision").
     model : the MODEL parameter.
     parameters : those that decide what is measured, for the file.
+    technique : what follows the number in the name; a deeper notebook gives its lesson's.
 
     Raises ValueError in one sentence while another process writes the same records.
     """
@@ -534,7 +544,8 @@ def open(
                 "one another RESULTS_DIR."
             ) from None
         _locks[lock_path] = lock
-    return Lesson(name, model, parameters, {"device": device, "seed": seed}, folder)
+    technique = technique or re.sub(r"^\d+_", "", name)
+    return Lesson(name, technique, model, parameters, {"device": device, "seed": seed}, folder)
 
 
 def _timed(series: timing.Series, baseline: timing.Series | None) -> dict:
@@ -682,7 +693,8 @@ def machines_with_results(results_dir: str = "") -> dict[str, list[str]]:
 def read_all(folder: Path) -> tuple[dict[str, Results], list[str]]:
     """All results in a model's folder, by lesson, and a sentence for each file that was refused.
 
-    Where a lesson has only an unfinished run, that is read, and a sentence says so.
+    A deeper notebook's file stands after that of its lesson. Where a lesson has only an unfinished
+    run, that is read, and a sentence says so.
     """
     lessons, problems = {}, []
     for path in sorted(Path(folder).glob("[0-9][0-9]_*.json")):
@@ -699,7 +711,14 @@ def read_all(folder: Path) -> tuple[dict[str, Results], list[str]]:
         if unfinished:
             count = len(lessons[name].records)
             problems.append(f"{name} broke off: {count} rows of an unfinished run are shown.")
-    return lessons, problems
+    in_order = sorted(lessons, key=lambda name: _place(name, lessons[name]))
+    return {name: lessons[name] for name in in_order}, problems
+
+
+def _place(name: str, lesson: Results) -> tuple[str, bool, str]:
+    """Where a file stands among others: by number, a lesson's own before its deeper notebooks'."""
+    techniques = {record.technique for record in lesson.records}
+    return name[:2], name[3:] not in techniques, name
 
 
 def undeclared_details(records: list[Record]) -> list[str]:

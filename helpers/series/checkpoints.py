@@ -132,7 +132,7 @@ def random_folder(model: str, cache: Path, text: str) -> Path:
         GenerationConfig.from_model_config(config).save_pretrained(made)
         (made / MARK).write_text(json.dumps({"name": name, "seed": 0}))
 
-    notice = f"Making {name} once, {nbytes / 1e9:.1f} GB (14 GB take a minute), in {cache} ..."
+    notice = f"Making {name} once, {nbytes / 1e9:.1f} GB, into the cache (14 GB take a minute) ..."
     return made_once(folder, make, notice, size)
 
 

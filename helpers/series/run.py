@@ -25,12 +25,14 @@ FOLDERS = ("RESULTS_DIR", "FIGURES_DIR")  # parameters that name a folder
 PROFILES = ("full", "smoke")
 
 
-def notebooks(only: list[str] | None = None) -> list[Path]:
-    """The lessons in order; `only` keeps those whose file name begins with one of its entries.
+def notebooks(only: list[str] | None = None, deeper: bool = False) -> list[Path]:
+    """The lessons in order, or the optional notebooks; `only` keeps those whose file name begins
+    with one of its entries.
 
     Raises ValueError in one sentence for an entry that fits none.
     """
-    paths = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    folder = NOTEBOOKS / "deeper" if deeper else NOTEBOOKS
+    paths = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
     if not only:
         return paths
     for entry in only:
@@ -176,6 +178,7 @@ def run_all(
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m helpers.series.run", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="NN", help="notebooks that begin so: 01 03")
+    parser.add_argument("--deeper", action="store_true", help="the optional notebooks instead")
     parser.add_argument("--profile", choices=PROFILES, default="full", help="smoke: small numbers")
     parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=value")
     parser.add_argument("--out", type=Path, help="folder of the executed copies")
@@ -183,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     console = Console()
     try:
-        chosen = notebooks(options.only)
+        chosen = notebooks(options.only, options.deeper)
         defaults = {}
         for notebook in chosen:
             defaults |= known_parameters(notebook)

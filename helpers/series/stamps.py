@@ -24,9 +24,12 @@ MEASURING = ("timing", "memory", "quality", "limits", "models", "machine")
 UNCOUNTED = {"bootstrap", "parameters", "injected-parameters"}  # tags of cells left out
 
 
-def notebooks() -> list[Path]:
-    """The notebooks of the series, in order; the last one compares the others."""
-    return sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+def notebooks(deeper: bool = False) -> list[Path]:
+    """The notebooks of the series in order, the last one compares the others; or the optional
+    ones.
+    """
+    folder = NOTEBOOKS / "deeper" if deeper else NOTEBOOKS
+    return sorted(folder.glob("[0-9][0-9]_*.ipynb"))
 
 
 def code_hash(notebook: nbformat.NotebookNode) -> str:
