@@ -75,10 +75,11 @@ def having(frame: DataFrame, *columns: str) -> DataFrame:
 
 def compared(frame: DataFrame) -> DataFrame:
     """Headline rows compared within one engine, and the baselines that they name."""
-    rows = frame[frame.headline & frame.same_engine]
-    baselines = pd.MultiIndex.from_frame(rows[["technique", "baseline"]])
+    rows = frame[frame.headline]
+    same = rows.same_engine
+    baselines = pd.MultiIndex.from_frame(rows.loc[same, ["technique", "baseline"]])
     names = pd.MultiIndex.from_frame(rows[["technique", "id"]])
-    return rows[rows.baseline.notna() | names.isin(baselines)]
+    return rows[(same & rows.baseline.notna()) | names.isin(baselines)]
 
 
 def detail(frame: DataFrame, name: str) -> pd.Series:
@@ -245,10 +246,12 @@ def speedup(frame: DataFrame, title: str = "Speed against the baseline of the sa
     """
     figure, parts = panels(compared(styled(frame)), title)
     for panel, rows in parts:
-        base = rows.baseline.isna()
+        base = rows.baseline.isna() | ~rows.same_engine
         ratio = rows.speedup.mask(base & (rows.status == "ok"), 1.0)
         note = ratio.map("{:.2f}×".format).mask(base, "baseline")
-        rows = rows.assign(ratio=ratio, ratio_ci95=rows.speedup_ci95, hollow=base, note=note)
+        rows = rows.assign(
+            ratio=ratio, ratio_ci95=rows.speedup_ci95.mask(base), hollow=base, note=note
+        )
         ratios(panel.subplots(), rows, "tokens/s over the baseline's (log)\nbar: 95 % interval")
     return figure
 

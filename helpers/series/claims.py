@@ -6,7 +6,7 @@ interval, one engine), throughput (useful tokens/s, engines may differ), memory 
 resident before), weights (bytes), perplexity (interval of the paired log-likelihood), or a/b: a
 field or detail of one over a field or detail of the other, or over a number. Two kinds need no
 pair: `compromise` counts over all records, `degrees` reads a model's configuration. What several
-CPU processes did in place of GPUs is no evidence.
+CPU processes did in place of GPUs is no evidence on speed.
 """
 
 import fnmatch
@@ -53,7 +53,8 @@ def _judged(fact: dict, records: list[Record]) -> dict:
     )
     if not one or not other:
         return row | UNKNOWN
-    if any(shares_a_cpu(r) for r in (one, other)):
+    of_speed = fact["quantity"] in ("speed", "throughput")
+    if of_speed and (shares_a_cpu(one) or shares_a_cpu(other)):
         return row | UNKNOWN | {"here": "ranks on one CPU"}
     gain = (
         RATIOS[fact["quantity"]](one, other)
@@ -103,14 +104,13 @@ def _verdict(gain: timing.Ratio, direction: str, article: float | None) -> dict:
 
 
 def _find(records: list[Record], technique: str, pattern: str) -> Record | None:
-    return next(
-        (
-            r
-            for r in records
-            if r.technique == technique and r.status == "ok" and fnmatch.fnmatchcase(r.id, pattern)
-        ),
-        None,
-    )
+    """The first record that a claim names; of several ids apart by |, the fastest."""
+    patterns = pattern.split("|")
+    candidates = [r for r in records if r.technique == technique and r.status == "ok"]
+    named = [r for r in candidates if any(fnmatch.fnmatchcase(r.id, p) for p in patterns)]
+    if len(patterns) > 1:
+        return max(named, key=lambda r: r.tokens_per_s or 0.0, default=None)
+    return next(iter(named), None)
 
 
 def _speed(one: Record, other: Record) -> timing.Ratio | None:
@@ -157,11 +157,19 @@ def _perplexity(one: Record, other: Record) -> timing.Ratio | None:
 
 
 def _share(quantity: str, one: Record, other: Record) -> timing.Ratio | None:
+    """One detail over another or over a number; with the detail's interval where it has one."""
+
     def value(record: Record, name: str):
         return record.details.get(name, getattr(record, name, None))
 
     above, below = quantity.split("/")
-    return _over(value(one, above), value(other, below) if below[0].isalpha() else float(below))
+    if below[0].isalpha():
+        return _over(value(one, above), value(other, below))
+    share = _over(value(one, above), float(below))
+    ends = one.details.get(f"{above}_ci95")
+    if share and ends and None not in ends:
+        return timing.Ratio(share.value, *(end / float(below) for end in ends))
+    return share
 
 
 def _over(above, below) -> timing.Ratio | None:

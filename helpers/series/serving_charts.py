@@ -57,7 +57,7 @@ def _axes_of(rows: DataFrame) -> int:
 
 def throughput_latency(frame: DataFrame, title: str = "Throughput against latency") -> Figure:
     """What batches cost each user: time per token over tokens/s, by batch size. A server under
-    load: latencies over its tokens/s, with the objectives they are held against; goodput by rate.
+    load: latencies over the rate sent, with the objectives that bound them; the share in time.
     """
     drawn = swept(plots.styled(frame))
     figure, parts = plots.panels(drawn, title, lambda rows: 0.4 + 1.5 * _axes_of(rows))
@@ -90,28 +90,33 @@ def _draw_batch_sizes(axis, rows: DataFrame) -> None:
     axis.margins(x=0.15, y=0.2)
 
 
-def _draw_rates(first_token, next_token, goodput, rows: DataFrame) -> None:
-    """On three axes: time to first token and between tokens over tokens/s; requests in time."""
+def _draw_rates(first_token, next_tokens, in_time, rows: DataFrame) -> None:
+    """Over the rate that was sent, on three axes: time to first token and time per output token,
+    each with the objective that bounds it, and the share of requests in time with its interval.
+    """
     details = DataFrame(list(rows.details), index=rows.index).apply(pd.to_numeric, errors="coerce")
-    rows = rows.assign(**details).sort_values("request_rate_per_s")
-    rate, speed = "request_rate_per_s", "tokens_per_s"
-    for axis, latency in ((first_token, "ttft"), (next_token, "inter_token")):
-        plots.curve(axis, rows, speed, f"{latency}_p99_s", "p99\n", ls=":")
-        plots.curve(axis, rows, speed, f"{latency}_p95_s", "\np95", ls="--")
-        plots.curve(axis, rows, speed, f"{latency}_p50_s", "p50", rate)
+    rows = rows.assign(**details).sort_values("achieved_rate_per_s")
+    rate = "achieved_rate_per_s"
+    for axis, latency in ((first_token, "ttft"), (next_tokens, "tpot")):
+        plots.curve(axis, rows, rate, f"{latency}_p95_s", "p95", ls="--")
+        plots.curve(axis, rows, rate, f"{latency}_p50_s", "p50")
         for objective in rows[f"objective_{latency}_s"].dropna().unique():
             axis.axhline(objective, color=plots.GREY, lw=0.8)
             at = axis.get_yaxis_transform()
             plots.label(axis, "objective", 0, objective, (2, 4), color=plots.GREY, xycoords=at)
-        axis.set(yscale="log", xlabel="tokens/s of the server (number: requests/s sent)")
+        axis.set(yscale="log", xlabel="requests/s sent")
         plots.plain_ticks(axis.yaxis)
         axis.margins(x=0.18, y=0.25)
     first_token.set_ylabel("first token (s)")
-    next_token.set_ylabel("next token (s)")
-    plots.curve(goodput, rows, rate, rate, "all", marker="", color=plots.GREY, ls="--")
-    plots.curve(goodput, rows, rate, "goodput_per_s", "in time")
+    next_tokens.set_ylabel("s per output token")
+    plots.curve(in_time, rows, rate, "in_time_share", "")
+    in_time.vlines(rows[rate], rows.in_time_low, rows.in_time_high, color=rows.colour, lw=2)
+    for capacity in rows.capacity_per_s.dropna().unique():
+        in_time.axvline(capacity, color=plots.GREY, lw=0.8, ls=":")
+        at = in_time.get_xaxis_transform()
+        plots.label(in_time, "capacity", capacity, 0, (3, 6), color=plots.GREY, xycoords=at)
     for row in rows[rows.failed_requests > 0].itertuples():
         text = f"{row.failed_requests:.0f} failed"
-        plots.label(goodput, text, row.request_rate_per_s, row.goodput_per_s, (-5, -4), ha="right")
-    goodput.set(xlabel="requests/s sent", ylabel="requests/s in time", ylim=(0, None))
-    goodput.margins(x=0.18)
+        plots.label(in_time, text, row.achieved_rate_per_s, row.in_time_share, (-5, -4), ha="right")
+    in_time.set(xlabel="requests/s sent", ylabel="share in time, 95 %", ylim=(0, 1.05))
+    in_time.margins(x=0.18)

@@ -14,6 +14,8 @@ import sys
 import time
 from collections.abc import Callable
 
+CACHE_TYPES = {32: "GGML_TYPE_F32", 8: "GGML_TYPE_Q8_0", 4: "GGML_TYPE_Q4_0"}  # else 16 bits
+
 
 def status(field: str) -> int:
     """A field of /proc/self/status, in bytes."""
@@ -26,8 +28,8 @@ def llamacpp(path: str, threads: int, tokens: int, cache_bits: int = 16) -> tupl
     about it.
 
     tokens : the longest text, prompt included.
-    cache_bits : 16 for keys and values as llama.cpp has them; 32 is exact, and slow, since its
-        attention on CPUs is made for 16.
+    cache_bits : of keys and values: 16, as llama.cpp has them; 8 or 4, Q8_0 or Q4_0; 32 is exact,
+        and slow, since its attention on CPUs is made for 16.
     """
     import xllamacpp as engine
 
@@ -36,8 +38,9 @@ def llamacpp(path: str, threads: int, tokens: int, cache_bits: int = 16) -> tupl
     params.model.path, params.fit_params, params.verbosity = path, False, -1
     params.n_ctx = 256 * (tokens // 256 + 1)
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-    if cache_bits == 32:
-        params.cache_type_k = params.cache_type_v = engine.ggml_type.GGML_TYPE_F32
+    if cache_bits in CACHE_TYPES:
+        kind = getattr(engine.ggml_type, CACHE_TYPES[cache_bits])
+        params.cache_type_k = params.cache_type_v = kind
     params.api_keys = [os.urandom(16).hex()]  # it listens on 127.0.0.1 too: to nobody
     server = engine.Server(params)
 

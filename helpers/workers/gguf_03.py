@@ -1,10 +1,11 @@
-"""A transformers model as a GGUF file, for lesson 03: header, tensors under llama.cpp's names, and
-the way back.
+"""A transformers model as a GGUF file, for lesson 03: header, tensors under llama.cpp's names, their
+bytes before it is written, and the way back.
 
 Which type each tensor gets is the caller's choice: that is the quantization, and it stands in the
 lesson.
 """
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,13 +13,15 @@ import gguf
 import numpy as np
 import torch
 
-from helpers import memory, quality
+from helpers import memory
+from helpers.series.anatomy import Model
 
 ARCHITECTURES = {
     "llama": "LLAMA",
     "mistral": "LLAMA",
     "falcon": "FALCON",
 }  # as the gguf package names them
+SCORED_WITH = "weights rebuilt as floats, in transformers"
 
 
 def refuse(config) -> None:
@@ -48,9 +51,10 @@ def write_header(writer: gguf.GGUFWriter, config, end_id: int) -> None:
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
     else:
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(
-        getattr(config, "head_dim", None) or config.hidden_size // heads
-    )
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_key_length(head_dim)  # of a model with heads cut out it is not width ÷ heads
+    writer.add_value_length(head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
@@ -66,39 +70,68 @@ def pair_rows(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
+def part(name: str) -> str:
+    """What `type_of` is told of a tensor: "token_embd" for embedding and head, else "blk"."""
+    return "token_embd" if "embed" in name or "lm_head" in name else "blk"
+
+
 def pack(model, type_of: Callable) -> dict:
     """The codes of every parameter, by name, with their type; `type_of(name, shape)` chooses it."""
-    kinds = {
-        name: type_of("token_embd" if "embed" in name or "lm_head" in name else "blk", p.shape)
-        for name, p in model.named_parameters()
-    }
-    return {
-        name: (gguf.quantize(p.detach().float().cpu().numpy(), kinds[name]), kinds[name])
-        for name, p in model.named_parameters()
-    }
+    codes = {}
+    for name, p in model.named_parameters():
+        kind = type_of(part(name), p.shape)
+        codes[name] = gguf.quantize(p.detach().float().cpu().numpy(), kind), kind
+    return codes
 
 
 @torch.no_grad()
-def unpack(codes: dict, model):
-    """The model, its parameters overwritten with the floats that the codes stand for."""
+def rebuild(model, type_of: Callable):
+    """The model, its parameters overwritten with the floats that a file's codes stand for."""
     for name, p in model.named_parameters():
-        p.copy_(torch.from_numpy(gguf.dequantize(*codes[name])))
+        kind = type_of(part(name), p.shape)
+        codes = gguf.quantize(p.detach().float().cpu().numpy(), kind)
+        p.copy_(torch.from_numpy(gguf.dequantize(codes, kind)))
     return model
 
 
-class Rebuilt:
-    """A function from token ids to logits for `quality.compare`: before each call the codes are
-    rebuilt as floats into `model`, one of the same shape that several may share.
+def file_bytes(shape: Model, type_of: Callable, read: bool = False) -> int:
+    """Bytes of a file's tensors, from a model's configuration.
+
+    read : only those that a decode step reads, an embedding that is no head too left out.
     """
+    total = 0
+    for tensor in shape.tensors:
+        if read and tensor.kind == "embedding" and not shape.tied:
+            continue
+        size = (tensor.rows, tensor.columns) if tensor.rows > 1 else (tensor.columns,)
+        name = "token_embd" if tensor.kind in ("embedding", "head") else "blk"
+        values, nbytes = gguf.GGML_QUANT_SIZES[type_of(name, size)]
+        total += tensor.count * (tensor.rows * tensor.columns // values * nbytes)
+    return total
 
-    scored_with = "weights rebuilt as floats, in transformers"
 
-    def __init__(self, codes: dict, model):
-        self.codes = codes
-        self.model = model
+def packed_bytes(model, type_of: Callable) -> int:
+    """Bytes of all codes of a model, before they are made."""
+    total = 0
+    for name, p in model.named_parameters():
+        values, nbytes = gguf.GGML_QUANT_SIZES[type_of(part(name), p.shape)]
+        total += p.numel() // values * nbytes
+    return total
 
-    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        return quality.Forward(unpack(self.codes, self.model))(ids)
+
+def check_room(nbytes: int, folder: Path) -> None:
+    """Raises MemoryError where codes of so many bytes do not fit: in memory twice, as codes here
+    and in the engine, and once on the disk.
+    """
+    rooms = {
+        "memory": (2 * nbytes, memory.available_bytes()),
+        "disk": (nbytes, shutil.disk_usage(folder).free),
+    }
+    for room, (needed, free) in rooms.items():
+        if needed > free:
+            raise MemoryError(
+                f"needs {needed / 1e9:.1f} GB of {room}, {free / 1e9:.1f} GB are there"
+            )
 
 
 def unlikely(model, prompt: torch.Tensor) -> int:

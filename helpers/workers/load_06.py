@@ -1,7 +1,6 @@
-"""vLLM's own load generator at one rate of requests after another, for lesson 06: `python
-load_06.py JOB.json`.
+"""vLLM's own load generator, one run after another, for lesson 06: `python load_06.py JOB.json`.
 
-The API key, if any, comes from OPENAI_API_KEY. What each rate gave is left in `RATE.json` in the
+The API key, if any, comes from OPENAI_API_KEY. What each run gave is left in `NAME.json` in the
 job's folder.
 """
 
@@ -13,9 +12,9 @@ from vllm.benchmarks import serve
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 
-def words(job: dict, rate: float) -> list[str]:
-    """The generator's command line at a rate of requests a second."""
-    told = {
+def words(job: dict, run: dict) -> list[str]:
+    """The generator's command line; a rate of infinity sends all requests at once."""
+    options = {
         "backend": "openai",
         "base-url": job["url"],
         "endpoint": "/v1/completions",
@@ -24,14 +23,13 @@ def words(job: dict, rate: float) -> list[str]:
         "dataset-name": "custom",
         "dataset-path": job["requests"],
         "custom-output-len": -1,
-        "num-prompts": job["count"],
-        "request-rate": rate,
+        "num-prompts": run["count"],
+        "request-rate": run["rate"],
         "temperature": 0,
-        "seed": job["seed"],
-        "num-warmups": 1,
+        "seed": run["seed"],
         "ready-check-timeout-sec": 0,
         "result-dir": job["folder"],
-        "result-filename": f"{rate:g}.json",
+        "result-filename": f"{run['name']}.json",
     }
     flags = (
         "ignore-eos",
@@ -41,14 +39,17 @@ def words(job: dict, rate: float) -> list[str]:
         "save-result",
         "save-detailed",
     )
-    return [f"--{name}={value}" for name, value in told.items()] + [f"--{name}" for name in flags]
+    return [f"--{name}={value}" for name, value in options.items()] + [
+        f"--{name}" for name in flags
+    ]
 
 
 def main() -> None:
-    job, parser = json.loads(Path(sys.argv[1]).read_text()), FlexibleArgumentParser()
+    job = json.loads(Path(sys.argv[1]).read_text())
+    parser = FlexibleArgumentParser()
     serve.add_cli_args(parser)
-    for rate in job["rates"]:
-        serve.main(parser.parse_args(words(job, rate)))
+    for run in job["runs"]:
+        serve.main(parser.parse_args(words(job, run)))
 
 
 if __name__ == "__main__":

@@ -1,40 +1,107 @@
-"""Where one decoding step spends its time, for lesson 03: rebuilding weights, multiplying with
-them, or both.
+"""Where one decode step spends its time, for lesson 03: in the output head, in the other matrices
+and by which operators there, and in the rest. And: which 16-bit type is fast here?
 """
 
+import functools
+
+import pandas as pd
 import torch
 from torch.autograd import DeviceType
+from transformers.pytorch_utils import Conv1D
+
+from helpers import limits, machine, timing
+
+PARTS = ("head", "matrices")
+
+
+def fastest_16_bit(device: str) -> str:
+    """ "bf16" or "fp16": the one that the device multiplies itself (bf16 where it has both), else
+    the one whose product of a matrix with one token's activations takes less time.
+    """
+    native = machine.native_dtypes(device)
+    if native["bfloat16"]:
+        return "bf16"
+    if native["float16"]:
+        return "fp16"
+    seconds = {}
+    for name, dtype in {"fp16": torch.float16, "bf16": torch.bfloat16}.items():
+        matrix = torch.ones(8192, 2048, dtype=dtype, device=device)
+        token = torch.ones(1, 2048, dtype=dtype, device=device)
+        product = functools.partial(torch.nn.functional.linear, token, matrix)
+        seconds[name] = limits.best_seconds(product, device)
+    return min(seconds, key=seconds.get)
+
+
+class Ranges:
+    """Within it, each linear layer of a model runs in a range of the profiler named as its part."""
+
+    def __init__(self, model):
+        self.model = model
+        self.hooks = []
+        self.range = None
+
+    def _enter(self, part: str, module, inputs) -> None:
+        self.range = torch.profiler.record_function(part)
+        self.range.__enter__()
+
+    def _leave(self, module, inputs, output) -> None:
+        self.range.__exit__(None, None, None)
+
+    def __enter__(self):
+        head = self.model.get_output_embeddings()
+        for module in self.model.modules():
+            if isinstance(module, (torch.nn.Linear, Conv1D)):
+                part = "head" if module is head else "matrices"
+                before = functools.partial(self._enter, part)
+                self.hooks.append(module.register_forward_pre_hook(before))
+                self.hooks.append(module.register_forward_hook(self._leave))
+        return self
+
+    def __exit__(self, *error):
+        for hook in self.hooks:
+            hook.remove()
+
+
+def _part(event) -> str:
+    """The range that an event of the profiler lies in, or "rest"."""
+    while event is not None:
+        if event.name in PARTS:
+            return event.name
+        event = event.cpu_parent
+    return "rest"
 
 
 @torch.no_grad()
-def step_seconds(model, batch: int, repeats: int = 2) -> dict[str, float]:
-    """Mean seconds of one forward over `batch` sequences of one token.
+def step_parts(model, repeats: int = 3) -> tuple[dict[str, float], pd.Series]:
+    """Mean seconds of a decode step of one sequence on an empty cache.
 
-    Returns "dequantize" (rebuilding weights), "multiply" (with floats), "fused" (bitsandbytes'
-    kernel for 4 bits), "all". On a GPU the profiler tells each kernel's time twice, as its own and
-    as that of the operator that launched it; "all" sums the kernels' own.
+    Returns the whole step without a profiler ("whole"), and with one "head", "matrices" (all other
+    linear layers, Python around them included on a CPU) and "rest"; and the operators within the
+    matrices, by name. On a GPU a part is the time of the kernels that its operators launched, each
+    counted once, by its operator; "whole" less the parts is then time without a kernel.
     """
-    tokens = torch.ones(batch, 1, dtype=torch.long, device=model.device)
+    token = torch.ones(1, 1, dtype=torch.long, device=model.device)
+    step = functools.partial(model, token, use_cache=False)
     gpu = model.device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU]
     if gpu:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    model(tokens, use_cache=False)
-    with torch.profiler.profile(activities=activities) as run:
+    parts = {"whole": limits.best_seconds(step, str(model.device))}
+    parts |= dict.fromkeys((*PARTS, "rest"), 0.0)
+    operators: dict[str, float] = {}
+    with Ranges(model), torch.profiler.profile(activities=activities) as profile:
         for _ in range(repeats):
-            model(tokens, use_cache=False)
-    operators, kernels = {}, {}
-    for event in run.key_averages():
-        if event.device_type == DeviceType.CPU:
-            spent_us = event.self_device_time_total if gpu else event.self_cpu_time_total
-            operators[event.key] = spent_us / 1e6 / repeats
-        else:
-            kernels[event.key] = event.self_device_time_total / 1e6 / repeats
-    work = kernels if gpu else operators
-    fused_kernel = "gemm_4bit" if gpu else "gemv_4bit"
-    return {
-        "dequantize": sum(s for name, s in work.items() if "dequant" in name.lower()),
-        "multiply": operators.get("aten::mm", 0.0) + operators.get("aten::addmm", 0.0),
-        "fused": sum(s for name, s in work.items() if fused_kernel in name),
-        "all": sum(work.values()),
-    }
+            step()
+        timing.synchronize(model.device)
+    for event in profile.events():
+        is_range = event.name in PARTS  # on a GPU its kernels are its operators'
+        if event.device_type != DeviceType.CPU or (gpu and is_range):
+            continue
+        spent_us = event.self_device_time_total if gpu else event.self_cpu_time_total
+        seconds = spent_us / 1e6 / repeats
+        part = _part(event)
+        parts[part] += seconds
+        if part == "matrices":
+            name = "Python" if is_range else event.name
+            operators[name] = operators.get(name, 0.0) + seconds
+    return parts, pd.Series(operators, dtype=float)

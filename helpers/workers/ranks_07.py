@@ -1,79 +1,35 @@
-"""A rank of lesson 07: load its part of the model, measure it, leave what it found in a file.
+"""A rank of lesson 07: load this rank's part of the model, measure it, answer until the lesson ends.
 
-torchrun starts it, once a rank: `torchrun --nproc-per-node 3 ranks_07.py JOB.json`.
+torchrun starts a script of the lesson, once a rank, and the script hands its `load` to `main`. Run
+as a script, this file loads the whole model: `torchrun --nproc-per-node 1 ranks_07.py JOB.json`.
 """
 
-import contextlib
 import dataclasses
 import datetime
 import json
 import os
+import resource
 import signal
 import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.distributed import DistributedConfig
 
 from helpers import memory, models, timing
+from helpers.workers import asleep_07
 
-
-def shard(model, mesh):
-    """FSDP2: a slice of each layer on every rank; gathered when the layer runs, dropped after."""
-    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)
-    register_fsdp_forward_method(model, "generate")
-    return model
-
-
-def half_on_disk(model: str, device: str) -> dict:
-    """A device map: every second layer stays in its file until it runs."""
-    with torch.device("meta"):
-        net = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
-    layers, stack = next(
-        (n, m) for n, m in net.named_modules() if isinstance(m, torch.nn.ModuleList)
-    )
-    others = [
-        n
-        for n, m in net.named_modules()
-        if n and not list(m.children()) and not n.startswith(layers)
-    ]
-    return dict.fromkeys(others, device) | {
-        f"{layers}.{i}": "disk" if i % 2 else device for i in range(len(stack))
-    }
-
-
-def load_part(job: dict, device: str):
-    """This rank's part of the model."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if job["strategy"] == "tp":
-        return models.load(
-            job["model"], device_map=None, distributed_config=DistributedConfig(tp_size=ranks)
-        )
-    if job["strategy"] == "devices":
-        return models.load(job["model"], device_map="balanced")
-    if job["strategy"] == "offload":
-        return models.load(
-            job["model"],
-            device_map=half_on_disk(job["model"], device),
-            offload_folder=job["folder"],
-        )
-    if job["strategy"] == "fsdp":
-        return shard(models.load(job["model"]), init_device_mesh(job["place"], (ranks,)))
-    return models.load(job["model"], device=device)
+# how the profiler calls a collective: gloo's ranges on the CPU, NCCL's kernels on the device (its
+# ranges on the CPU are only the enqueueing)
+COLLECTIVES = ("gloo:", "ncclDevKernel")
 
 
 def own_bytes(model) -> int:
@@ -84,146 +40,138 @@ def own_bytes(model) -> int:
     return sum({p.data_ptr(): p.nbytes for p in parts if p.device.type != "meta"}.values())
 
 
-class Traffic(TorchDispatchMode):
-    """Bytes that this rank sends in collectives, by the ring's count, and the number of
-    collectives.
+def limit_memory(nbytes: float, path: str, device: str) -> None:
+    """Let this rank take no more than a device of `nbytes` has, beyond what it holds now.
+
+    A CPU rank gets the size of the checkpoint's files on top: mapping them takes address space.
     """
-
-    def __init__(self, ranks: int):
-        super().__init__()
-        self.ranks, self.sent, self.messages = ranks, 0.0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        if "c10d" in function.namespace and ("reduce" in name or "gather" in name):
-            tensors = []
-            for argument in args:
-                tensors += argument if isinstance(argument, list) else [argument]
-            tensors = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
-            # of a gather, this rank's part: outputs come before inputs
-            message = tensors[-1].nbytes
-            share = 1 if "gather" in name else 2 / self.ranks
-            self.sent += message * (self.ranks - 1) * share
-            self.messages += 1
-        return function(*args, **(kwargs or {}))
+    if device.startswith("cuda"):
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total), device)
+        return
+    files = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+    limit = memory.status_bytes("VmData") + files + round(nbytes)
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
-def communication_share(call) -> float:
-    """Part of a generation's time in which a collective was under way on this rank."""
+def communication(call: Callable[[], timing.Generation]) -> dict:
+    """Collectives of a generation on this rank: how many, and the share of the time under way."""
     with torch.profiler.profile() as profile:
         latency = call().latency_s
-    spans = sorted(
-        (e.time_range.start, e.time_range.end)
-        for e in profile.events()
-        if e.name.startswith(("gloo:", "nccl:"))
-    )
-    busy, reached = 0.0, 0.0
-    for start, end in spans:
-        busy, reached = busy + max(0.0, end - max(start, reached)), max(reached, end)
-    return busy / 1e6 / latency
+    spans = []
+    for event in profile.events():
+        if event.name.startswith(COLLECTIVES):
+            spans.append((event.time_range.start, event.time_range.end))
+    busy_us, reached = 0.0, 0.0
+    for start, end in sorted(spans):
+        busy_us += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return {"messages": len(spans), "share": min(1.0, busy_us / 1e6 / latency)}
 
 
-def link(ranks: int, device: str, large: int = 4_000_000) -> dict:
-    """For each strategy's collective: seconds of a message, and bytes per second that a rank sends
+def link(strategy: str, device: str, large: int = 4_000_000) -> dict:
+    """The strategy's own collective: seconds of a message, and bytes per second that a rank sends
     in a large one.
     """
-    group = dist.new_group(range(ranks))
+    ranks = dist.get_world_size()
+
+    def reduce(x):
+        dist.all_reduce(x)
+
+    def gather(x):  # into fresh memory, and out of it again, as FSDP does
+        whole = x.new_empty(ranks * len(x))
+        dist.all_gather_into_tensor(whole, x)
+        whole.clone()
 
     def seconds(collective, numbers: int, times: int) -> float:
-        x, taken = torch.ones(numbers, device=device), []
-        for _ in range(times if dist.get_rank() < ranks else 0):
+        x = torch.ones(numbers, device=device)
+        taken = []
+        for _ in range(times):
             timing.synchronize(device)
             start = time.perf_counter()
             collective(x)
             timing.synchronize(device)
             taken.append(time.perf_counter() - start)
-        return sorted(taken or [0.0])[len(taken) // 2]
+        return sorted(taken)[len(taken) // 2]
 
-    def reduce(x):
-        dist.all_reduce(x, group=group)
-
-    def gather(x):  # into fresh memory, and out of it again, as FSDP does
-        whole = x.new_empty(ranks * len(x))
-        dist.all_gather_into_tensor(whole, x, group=group)
-        whole.clone()
-
-    found = {}
-    for strategy, collective, part in (("tp", reduce, large), ("fsdp", gather, large // ranks)):
-        small, whole = seconds(collective, 512, 41), seconds(collective, part, 7)
-        sent = 4 * part * (ranks - 1) * (2 / ranks if strategy == "tp" else 1)
-        found[strategy] = {"message_s": small, "link_bytes_per_s": sent / max(whole - small, 1e-9)}
-    dist.barrier()
-    return found
+    collective, numbers = gather, large // ranks
+    sent = 4 * numbers * (ranks - 1)
+    if strategy == "tp":
+        collective, numbers = reduce, large
+        sent = 4 * numbers * (ranks - 1) * 2 / ranks
+    small = seconds(collective, 512, 41)
+    whole = seconds(collective, numbers, 7)
+    return {"message_s": small, "link_bytes_per_s": sent / max(whole - small, 1e-9)}
 
 
 def loopback_bytes() -> int:
-    """Bytes that the loopback device has carried so far."""
+    """Bytes that the loopback device has carried so far: counted by the system, not by a rule."""
     return psutil.net_io_counters(pernic=True)["lo"].bytes_sent
 
 
+def disk_bytes() -> int:
+    """Bytes that this process made the system fetch from storage; pages in its cache cost none."""
+    rows = Path("/proc/self/io").read_text().splitlines()
+    return int(dict(row.split(": ") for row in rows)["read_bytes"])
+
+
 @torch.no_grad()
-def score(model, windows, device: str) -> dict:
+def score(model, windows: list[list[int]], device: str) -> dict:
     """Negative log-likelihood and best token at every position of a text."""
-    found = {"nll": [], "best": []}
+    scores = {"nll": [], "best": []}
     for window in torch.tensor(windows, device=device):
         logits = model(window[None], use_cache=False).logits[0, :-1].float()
         logits = logits.full_tensor() if isinstance(logits, DTensor) else logits
-        found["nll"].append(torch.nn.functional.cross_entropy(logits, window[1:]).item())
-        found["best"] += logits.argmax(-1).tolist()
-    return found
+        scores["nll"].append(torch.nn.functional.cross_entropy(logits, window[1:]).item())
+        scores["best"] += logits.argmax(-1).tolist()
+    return scores
 
 
-def generate(job: dict, device: str, ranks: int) -> dict:
-    """Load this rank's part; then memory (and bytes sent), speed, communication's time and quality,
-    a pass for each.
-    """
+def serve(job: dict, rank: int, device: str, load: Callable) -> None:
+    """Load this rank's part and measure its memory and traffic, a pass for each; then answer."""
     prompt = torch.tensor([job["prompt"]])
-    traffic = Traffic(ranks)
     loaded = []  # the model stays: every rank loads its part once
-    wire_bytes = []
 
-    def load():
-        loaded.append(load_part(job, device))
+    def load_once():
+        loaded.append(load(job["path"], getattr(torch, job["dtype"]), device))
         return loaded[0]
 
     def call(model) -> timing.Generation:
         return timing.generate(model, prompt, job["new_tokens"])
 
-    def counted(model) -> None:
-        before = loopback_bytes()
-        with traffic if ranks > 1 else contextlib.nullcontext():
-            call(model)
-        wire_bytes.append(loopback_bytes() - before)
-
-    peak = memory.peak_of(timing.Variant(load, counted), device)
+    if job["rank_bytes"]:
+        limit_memory(job["rank_bytes"], job["path"], device)
+    peak = memory.peak_of(timing.Variant(load_once, call), device)
     model = loaded[0]
     print(f"{own_bytes(model) / 1e6:.0f} MB of weights here", flush=True)
-    runs = [dataclasses.asdict(call(model)) for _ in range(job["warmup"] + job["repeats"])]
-    outcome = {
-        "peak": dataclasses.asdict(peak),
-        "runs": runs,
+    before = loopback_bytes(), disk_bytes()
+    traffic = communication(lambda: call(model))
+    after = loopback_bytes(), disk_bytes()
+    ready = {
+        "device": torch.device(device).type,
         "own_bytes": own_bytes(model),
         "threads": torch.get_num_threads(),
+        "peak": dataclasses.asdict(peak),
+        "wire_bytes": after[0] - before[0],
+        "disk_bytes": after[1] - before[1],
+        **traffic,
     }
-    if ranks > 1:
-        outcome |= {
-            "sent": traffic.sent,
-            "messages": traffic.messages,
-            "wire_bytes": wire_bytes[0],
-            "share": communication_share(lambda: call(model)),
-        }
-    print(f"{runs[-1]['latency_s']:.2f} s a generation", flush=True)
-    return outcome | score(model, job["windows"], device)
+    answers = {
+        "run": lambda: dataclasses.asdict(call(model)),
+        "score": lambda: score(model, job["windows"], device),
+        "link": lambda strategy: link(strategy, device),
+    }
+    asleep_07.answer(job, rank, ready, answers)
 
 
-def break_down(how: str, rank: int, ranks: int) -> dict:
+def break_down(how: str, rank: int, ranks: int) -> None:
     """A fault to see: the last rank raises an error, or sleeps, while the others wait for it."""
     if rank == ranks - 1:
         if how == "dies":
             raise ValueError("this rank came upon something that it cannot do")
         time.sleep(3600)
     dist.all_reduce(torch.ones(1))
-    return {}
 
 
 def show_where(number: int, frame) -> None:
@@ -245,10 +193,10 @@ def call_on_silent(store, rank: int, ranks: int, wait_s: float) -> None:
     time.sleep(wait_s / 4)  # the others' collective times out now too
     silent = [n for n in range(ranks) if not store.check([f"waits-{n}"])]
     print(f"no answer from rank {silent} within {wait_s:g} s", file=sys.stderr, flush=True)
-    known = [json.loads(store.get(f"process-{n}")) for n in silent]
+    places = [json.loads(store.get(f"process-{n}")) for n in silent]
     here = [
         psutil.Process(pid)
-        for host, pid in known
+        for host, pid in places
         if host == socket.gethostname() and psutil.pid_exists(pid)
     ]
     for process in here:
@@ -257,14 +205,17 @@ def call_on_silent(store, rank: int, ranks: int, wait_s: float) -> None:
     psutil.wait_procs(here, timeout=20)
 
 
-def together(store, rank: int, ranks: int, wait_s: float, work) -> dict:
+def together(store, rank: int, ranks: int, wait_s: float, work: Callable[[], object]) -> None:
     """Do this rank's work; when it fails for another rank's fault, let that rank end first, so that
     it is named.
+
+    With gloo a collective that is not answered raises here. With NCCL it does not: its watchdog
+    ends the process that waits, and the launcher names that one.
     """
     signal.signal(signal.SIGUSR1, show_where)
     store.set(f"process-{rank}", json.dumps([socket.gethostname(), os.getpid()]))
     try:
-        return work()
+        work()
     except RuntimeError as error:
         if "imed out" in str(error):
             call_on_silent(store, rank, ranks, wait_s)
@@ -272,32 +223,32 @@ def together(store, rank: int, ranks: int, wait_s: float, work) -> dict:
         raise
 
 
-def main() -> None:
+@record  # torchrun then names the rank that failed first, with its error
+def main(load: Callable = models.load) -> None:
+    """Meet the other ranks, then `serve`. `load(path, dtype, device)` gives this rank's model."""
     job = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(job["threads"])
-    device = f"cuda:{os.environ['LOCAL_RANK']}" if job["place"] == "cuda" else "cpu"
-    if job["place"] == "cuda":
+    device, backend = "cpu", "gloo"
+    if job["device"] == "cuda":
+        device, backend = f"cuda:{os.environ['LOCAL_RANK']}", "nccl"
         torch.cuda.set_device(device)
-    store, rank, ranks = next(
-        rendezvous("env://")
-    )  # where ranks meet: torchrun tells each the address and its number
+    # where ranks meet: torchrun tells each the address and its number
+    store, rank, ranks = next(rendezvous("env://"))
     dist.init_process_group(
-        "nccl" if job["place"] == "cuda" else "gloo",
+        backend,
         store=dist.PrefixStore("group", store),
         rank=rank,
         world_size=ranks,
         timeout=datetime.timedelta(seconds=job["wait_s"]),
     )
 
-    def work() -> dict:
-        if job["strategy"] in ("dies", "hangs"):
-            return break_down(job["strategy"], rank, ranks)
-        if job["strategy"] == "link":
-            return {str(n): link(n, device) for n in job["sizes"]}
-        return generate(job, device, ranks)
+    def work() -> None:
+        if job.get("fault"):
+            break_down(job["fault"], rank, ranks)
+        else:
+            serve(job, rank, device, load)
 
-    found = together(store, rank, ranks, job["wait_s"], work)
-    Path(job["folder"], f"{job['name']}-{rank}.json").write_text(json.dumps(found))
+    together(store, rank, ranks, job["wait_s"], work)
     dist.destroy_process_group()
 
 

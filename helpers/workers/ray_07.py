@@ -1,64 +1,65 @@
-"""Ray Serve LLM with its replicas, for lesson 07: `python ray_07.py JOB.json`."""
+"""Ray Serve LLM with its replicas, for lesson 07: `python ray_07.py JOB.json PORT`. It serves, on
+loopback and for whoever shows the key in VLLM_API_KEY, until it is ended.
+"""
 
 import json
+import os
+import secrets
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import ray
 from ray import serve
 from ray.serve.llm import LLMConfig, build_openai_app
+from starlette.middleware import Middleware
 
 
-def deploy(job: dict) -> None:
+class Key:
+    """Lets only requests through that carry the key: Ray Serve's proxy has none of its own."""
+
+    def __init__(self, app):
+        self.app = app
+        self.expected = f"Bearer {os.environ['VLLM_API_KEY']}".encode()
+
+    async def __call__(self, scope, receive, send):
+        shown = dict(scope.get("headers", [])).get(b"authorization", b"")
+        if scope["type"] != "http" or secrets.compare_digest(shown, self.expected):
+            await self.app(scope, receive, send)
+            return
+        await send({"type": "http.response.start", "status": 401, "headers": []})
+        await send({"type": "http.response.body", "body": b"another key is needed"})
+
+
+def middlewares() -> list[Middleware]:
+    """What Ray Serve's proxy puts before every request: RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH
+    names this function.
+    """
+    return [Middleware(Key)]
+
+
+def deploy(job: dict, port: int) -> None:
     """A cluster of this machine, an HTTP server on loopback, and behind it copies of vLLM."""
     ray.init(num_cpus=job["cores"], include_dashboard=False, log_to_driver=False)
     engine = {
-        "dtype": "float32",
+        "dtype": job["dtype"],
         "max_model_len": 256,
-        "enforce_eager": True,
+        "enforce_eager": job["device"] == "cpu",
         "distributed_executor_backend": "mp",
     }
-    model = {"model_id": "lesson", "model_source": job["model"]}
-    cpu = {"accelerator_type": None, "placement_group_config": {"bundles": [{"CPU": 1}]}}
+    placement = {}
+    if job["device"] == "cpu":
+        bundles = {"bundles": [{"CPU": 1}]}
+        placement = {"accelerator_type": None, "placement_group_config": bundles}
     config = LLMConfig(
-        model_loading_config=model,
+        model_loading_config={"model_id": "lesson", "model_source": job["path"]},
         engine_kwargs=engine,
-        deployment_config={"num_replicas": 1},
+        deployment_config={"num_replicas": job["replicas"]},
         log_engine_metrics=False,
-        **(cpu if job["place"] == "cpu" else {}),
+        **placement,
     )
-    serve.start(http_options={"host": "127.0.0.1", "port": job["port"]})
-    serve.run(build_openai_app({"llm_configs": [config]}))
-
-
-def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text())
-    deploy(job)
-    body = {
-        "model": "lesson",
-        "prompt": job["text"],
-        "max_tokens": job["new_tokens"],
-        "temperature": 0,
-        "ignore_eos": True,
-    }
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{job['port']}/v1/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback has no proxy
-    taken = []
-    for _ in range(job["warmup"] + job["repeats"]):
-        start = time.perf_counter()
-        answer = json.load(direct.open(request, timeout=120))
-        taken.append(time.perf_counter() - start)
-    found = {"taken": taken, "text": answer["choices"][0]["text"]}
-    Path(job["folder"], f"{job['name']}-0.json").write_text(json.dumps(found))
-    serve.shutdown()
-    ray.shutdown()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.run(build_openai_app({"llm_configs": [config]}), blocking=True)
 
 
 if __name__ == "__main__":
-    main()
+    deploy(json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2]))

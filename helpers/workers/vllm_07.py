@@ -11,27 +11,28 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import torch
 from vllm import LLM, SamplingParams
 
 from helpers import memory
+from helpers.workers import asleep_07
 
 
 def engine(job: dict) -> LLM:
     """vLLM, its model cut for `ranks` workers; executor: "mp" (processes of one machine) or "ray"
     (of a cluster).
     """
-    extra = {"gpu_memory_utilization": 0.5} if job["place"] == "cuda" else {}
     return LLM(
-        job["model"],
-        tensor_parallel_size=job["ranks"],
+        job["path"],
+        tensor_parallel_size=job["ranks"] // job["stages"],
+        pipeline_parallel_size=job["stages"],
         distributed_executor_backend=job["executor"],
-        dtype="float32",
+        dtype=job["dtype"],
         max_model_len=256,
-        enforce_eager=True,
+        enforce_eager=job["device"] == "cpu",
         enable_prefix_caching=False,
         disable_log_stats=True,
-        **extra,
     )
 
 
@@ -55,24 +56,43 @@ def threads_used(model) -> int:
     return torch.get_num_threads()
 
 
+def gpu_bytes() -> int | None:
+    """What the driver counts for this process and all that it started; None where it does not
+    tell.
+    """
+    from vllm.third_party import pynvml
+
+    root = psutil.Process()
+    family = {root.pid, *(child.pid for child in root.children(recursive=True))}
+    total = 0
+    try:
+        pynvml.nvmlInit()
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
+                if process.pid in family:
+                    total += process.usedGpuMemory or 0
+    except pynvml.NVMLError:
+        return None
+    return total or None
+
+
 def main() -> None:
     # vLLM's workers import what they are asked for by its name, and this file's is __main__ here
+    from vllm.platforms import current_platform
+
     from helpers.workers.vllm_07 import held_bytes, threads_used
 
     job = json.loads(Path(sys.argv[1]).read_text())
     before = memory.tree_pss(os.getpid())
     llm = engine(job)
     weights = llm.apply_model(held_bytes)  # asked of each worker
-    print(
-        *(f"[rank{n}]: {size / 1e6:.0f} MB of weights here" for n, size in enumerate(weights)),
-        sep="\n",
-        flush=True,
-    )
     wanted = SamplingParams(temperature=0, max_tokens=job["new_tokens"], ignore_eos=True)
 
-    def call(number: int) -> dict:
-        start, stamps, ids = time.perf_counter(), [], []
-        llm.llm_engine.add_request(str(number), {"prompt_token_ids": job["prompt"]}, wanted)
+    def run() -> dict:
+        start = time.perf_counter()
+        stamps, ids = [], []
+        llm.llm_engine.add_request(str(start), {"prompt_token_ids": job["prompt"]}, wanted)
         while llm.llm_engine.has_unfinished_requests():
             for output in llm.llm_engine.step():
                 ids = list(output.outputs[0].token_ids)
@@ -85,15 +105,17 @@ def main() -> None:
             "ids": [ids],
         }
 
-    runs = [call(n) for n in range(job["warmup"] + job["repeats"])]
-    found = {
-        "runs": runs,
-        "own_bytes": weights,
+    run()
+    group_bytes = memory.tree_pss(os.getpid()) - before
+    if job["device"] == "cuda":
+        group_bytes = gpu_bytes()
+    ready = {
+        "device": current_platform.device_type,
+        "own_bytes": max(weights),
         "threads": min(llm.apply_model(threads_used)),
-        "before": before,
-        "tree": memory.tree_pss(os.getpid()),
+        "group_bytes": group_bytes,
     }
-    Path(job["folder"], f"{job['name']}-0.json").write_text(json.dumps(found))
+    asleep_07.answer(job, 0, ready, {"run": run})
 
 
 if __name__ == "__main__":  # vLLM imports this file again in its workers
