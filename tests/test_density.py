@@ -122,7 +122,7 @@ def test_little_has_to_be_unfolded_in_helpers():
 
 def test_little_has_to_be_unfolded_in_notebooks():
     places = []
-    for path in sorted(run.NOTEBOOKS.glob("*.ipynb")):
+    for path in sorted(run.NOTEBOOKS.rglob("*.ipynb")):
         for source in cells(path):
             places += [f"{path.name}: {what}" for _, what in to_unfold(ast.parse(source))]
     assert len(places) <= PLACES["notebooks"], "\n".join(places)

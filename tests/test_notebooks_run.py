@@ -280,7 +280,7 @@ def test_what_papermill_leaves_text_becomes_what_it_means(tmp_path):
         run.execute(path, out, {"COUNT": "many"})
 
 
-@pytest.mark.parametrize("name", LESSONS)
+@pytest.mark.parametrize("name", LESSONS + [f"deeper/{p.stem}" for p in run.notebooks(deeper=True)])
 def test_parameters_are_checked_before_they_are_used(name):
     """Nothing is loaded, opened or decided between the parameters and their check."""
     cells = nbformat.read(run.NOTEBOOKS / f"{name}.ipynb", 4).cells

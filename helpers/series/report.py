@@ -200,23 +200,28 @@ def write_table(rows: pd.DataFrame, folder: Path, name: str) -> None:
 # ---- README
 
 
+def _entry(path: Path) -> str:
+    """A notebook's line of a list: its name, where it is, its title."""
+    heading = nbformat.read(path, 4).cells[0].source.splitlines()[0]
+    title = heading.split("·")[-1].strip()
+    return f"- [{path.stem}]({path.relative_to(ROOT).as_posix()}): {title}"
+
+
 def _lesson_list(found: dict[str, Results]) -> str:
     """The notebooks, with their titles, and whether their results are there (Markdown list)."""
     rows = []
     paths = stamps.notebooks()
     for path in paths:
-        heading = nbformat.read(path, 4).cells[0].source.splitlines()[0]
-        title = heading.partition("·")[2].strip()
         state = "with results" if path.stem in found else "no results committed yet"
         if path == paths[-1]:
             state = "reads all of them"
-        rows.append(f"- [{path.stem}](notebooks/{path.name}): {title} *({state})*")
+        rows.append(f"{_entry(path)} *({state})*")
     return "\n".join(rows)
 
 
 def _stamp_sentence() -> str:
     """How many notebooks show outputs of an earlier state of their code."""
-    paths = stamps.notebooks()
+    paths = stamps.notebooks() + stamps.notebooks(deeper=True)
     stale = [path.stem for path in paths if stamps.is_stale(path)]
     if not stale:
         return "The outputs in all notebooks are those of the code as it stands."
@@ -250,9 +255,10 @@ def _result_rows(place: Found) -> str:
 
 
 def readme_parts(place: Found | None) -> dict[str, str]:
-    """README's generated parts in Markdown: "lessons", "chart", "results", "claims", "stamps"."""
+    """README's generated parts, in Markdown, by the name of their marks."""
     lessons = place.lessons if place else {}
     parts = {"lessons": _lesson_list(lessons), "stamps": _stamp_sentence()}
+    parts["deeper"] = "\n".join(_entry(path) for path in stamps.notebooks(deeper=True))
     if place is None:
         return parts | dict.fromkeys(("chart", "results", "claims"), "*No results yet.*")
     files = list(lessons.values())
@@ -290,7 +296,7 @@ def committed() -> Found | None:
     """The committed evidence that README tells: of the first machine there, its first model."""
     there = results.machines_with_results(str(REFERENCE))
     for slug, models in there.items():
-        found, _ = load([slug], models[:1], str(REFERENCE))
+        found, _ = load([slug], [_most_lessons(REFERENCE, slug, models)], str(REFERENCE))
         return next(iter(found.values()))
     return None
 

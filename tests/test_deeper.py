@@ -1,0 +1,75 @@
+"""The optional notebooks, whole, with small numbers, and what their records say of one another."""
+
+import nbformat
+import papermill
+import pytest
+from test_checkpoints import SMALL
+
+from helpers import results
+from helpers.series import run
+
+DEEPER = run.notebooks(deeper=True)
+TECHNIQUE = {path.stem[:2]: path.stem[3:] for path in run.notebooks()}
+RECORDS_NOTHING = {"07_predicted_speed"}  # it reads what lesson 7 and its own probes give
+
+
+def execute(path, folder, monkeypatch, cwd=None, **given) -> list[results.Results]:
+    """Run a notebook with the small numbers of its metadata; the files that it left."""
+    monkeypatch.setenv("SEVEN_PROFILE", "smoke")
+    given = run.smoke_parameters(path) | given
+    given |= {"RESULTS_DIR": str(folder / "results"), "FIGURES_DIR": str(folder / "figures")}
+    papermill.execute_notebook(
+        str(path),
+        str(folder / "out.ipynb"),
+        given,
+        cwd=str(cwd or path.parent),
+        progress_bar=False,
+    )
+    files = sorted((folder / "results").rglob(f"{path.stem[:2]}_*.json"))
+    return [results.read(file) for file in files]
+
+
+@pytest.mark.slow
+@pytest.mark.notebook
+@pytest.mark.parametrize("path", DEEPER, ids=lambda path: path.stem)
+def test_an_optional_notebook_runs_and_records_under_its_lesson(path, tmp_path, monkeypatch):
+    files = execute(path, tmp_path, monkeypatch)
+    assert bool(files) == (path.stem not in RECORDS_NOTHING)
+    for file in files:
+        assert file.run.finished and file.run.profile == "smoke"
+        assert results.undeclared_details(file.records) == []
+        assert {record.technique for record in file.records} == {TECHNIQUE[path.stem[:2]]}
+        failed = [(row.id, row.reason) for row in file.records if row.status == "failed"]
+        assert not failed
+    if path.stem == "02_size":
+        check_sizes(files)
+
+
+def check_sizes(files) -> None:
+    """Two sizes are hit by construction; Falcon's row says why there is no NF4 of it."""
+    by_model = {file.records[0].model: {row.id: row for row in file.records} for file in files}
+    assert set(by_model) == {"random:tiny-llama", "random:smollm2-135m", "random:tiny-falcon"}
+    for model in ("random:tiny-llama", "random:smollm2-135m"):
+        for row in by_model[model].values():
+            predicted_s = row.details["predicted_step_s"]
+            assert predicted_s == pytest.approx(1 / row.decode_tokens_per_s, rel=1e-6)
+    falcon = by_model["random:tiny-falcon"]["nf4"]
+    assert falcon.status == "unsupported" and "no layer of Falcon" in falcon.reason
+
+
+@pytest.mark.slow
+@pytest.mark.notebook
+def test_sizes_and_formats_that_do_not_fit_are_rows(tmp_path, monkeypatch):
+    path = run.NOTEBOOKS / "deeper" / "02_size.ipynb"
+    notebook = nbformat.read(path, 4)
+    at = next(i for i, cell in enumerate(notebook.cells) if "plots.use_style()" in cell.source)
+    notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(SMALL))
+    nbformat.write(notebook, tmp_path / path.name)
+    shapes = ["tiny-llama", "tiny-falcon", "smollm2-135m"]
+    files = execute(tmp_path / path.name, tmp_path, monkeypatch, path.parent, SHAPES=shapes)
+    rows = {file.records[0].model: {row.id: row for row in file.records} for file in files}
+    llama = rows["random:tiny-llama"]
+    assert llama.pop("fp32").reason.startswith("needs ")
+    baseline = next(row for row in llama.values() if row.id != "nf4")
+    assert baseline.status == "ok" and baseline.baseline is None  # it takes float32's place
+    assert {row.status for row in rows["random:smollm2-135m"].values()} == {"oom"}
