@@ -38,21 +38,21 @@ def variant(latency: list[float], peak: int, **fields):
 @pytest.mark.parametrize(
     ("latency", "peak", "direction", "size", "memory"),
     [
-        ([1.61, 1.63, 1.60], 600, "confirmed", "met", "confirmed"),
-        ([1.0, 1.01, 0.99], 600, "confirmed", "larger", "confirmed"),
-        ([1.9, 1.915, 1.88], 1900, "confirmed", "smaller", "refuted"),
-        ([4.0, 4.04, 3.97], 600, "refuted", "smaller", "confirmed"),
-        ([2.4, 1.7, 2.0], 600, "within noise", "met", "confirmed"),
+        ([1.61, 1.63, 1.60], 600, "holds here", "met", "holds here"),
+        ([1.0, 1.01, 0.99], 600, "holds here", "larger", "holds here"),
+        ([1.9, 1.915, 1.88], 1900, "holds here", "smaller", "does not hold here"),
+        ([4.0, 4.04, 3.97], 600, "does not hold here", "smaller", "holds here"),
+        ([2.4, 1.7, 2.0], 600, "undecided", "met", "holds here"),
     ],
 )
 def test_claims_follow_the_records(latency, peak, direction, size, memory):
     found = claims.claims([a_record(**BASE), variant(latency, peak)], "mixed_precision")
     speed = found.loc["16-bit weights generate faster than 32-bit ones"]
-    assert (speed["direction"], speed["size"]) == (direction, size)
-    assert found.loc["16-bit weights take half the memory", "direction"] == memory
+    assert (speed["verdict"], speed["size"]) == (direction, size)
+    assert found.loc["16-bit weights take half the memory", "verdict"] == memory
     assert (
-        found.loc["mixed precision (autocast) is slower than plain float32", "direction"]
-        == "not measured"
+        found.loc["mixed precision (autocast) is slower than plain float32", "verdict"]
+        == "not testable here"
     )
 
 
@@ -69,11 +69,11 @@ def test_a_claim_of_likeness_needs_a_narrow_interval():
             variant([1.5, 1.52, 1.49], 600, technique="bfloat16"),
             variant(latency, 600, technique="bfloat16", id="bf16", variant="bf16"),
         ]
-        return claims.claims(rows, "bfloat16").loc["bfloat16 is as fast as float16", "direction"]
+        return claims.claims(rows, "bfloat16").loc["bfloat16 is as fast as float16", "verdict"]
 
-    assert alike([1.5, 1.515, 1.495]) == "confirmed"
-    assert alike([1.0, 1.01, 1.0]) == "refuted"
-    assert alike([1.2, 1.9, 1.5]) == "within noise"
+    assert alike([1.5, 1.515, 1.495]) == "holds here"
+    assert alike([1.0, 1.01, 1.0]) == "does not hold here"
+    assert alike([1.2, 1.9, 1.5]) == "undecided"
 
 
 def verdict_of(identity: str, records) -> pd.Series:
@@ -84,29 +84,65 @@ def verdict_of(identity: str, records) -> pd.Series:
     ).loc[facts.loc[identity, "claim"]]
 
 
+FACT = {
+    "claim": "half the weights lose nothing",
+    "technique": "pruning",
+    "quantity": "perplexity",
+    "variant": "wanda-50",
+    "compared_with": "dense",
+    "direction": "at most 1.25",
+    "article_value": float("nan"),
+    "article_figures": "no figure",
+    "needs": float("nan"),
+}
+
+
+def pruned(delta: float, ends: tuple) -> list[results.Record]:
+    shared = {"technique": "pruning", "model": "own/tiny"}
+    half = {"id": "wanda-50", "variant": "wanda-50", "baseline": "dense"}
+    return [
+        a_record(**shared, id="dense", variant="dense"),
+        a_record(**shared, **half, nll_delta=delta, nll_delta_ci95=ends),
+    ]
+
+
 @pytest.mark.parametrize(
     ("delta", "ends", "said"),
     [
-        (0.1, (0.09, 0.11), "confirmed"),
-        (0.7, (0.6, 0.8), "refuted"),
-        (0.2, (0.1, 0.4), "within noise"),
+        (0.1, (0.09, 0.11), "holds here"),
+        (0.7, (0.6, 0.8), "does not hold here"),
+        (0.2, (0.1, 0.4), "undecided"),
     ],
 )
 def test_a_bound_is_kept_by_the_whole_interval(delta, ends, said):
-    rows = [
-        a_record(technique="pruning", id="dense", variant="dense"),
-        a_record(
-            technique="pruning",
-            id="wanda-50",
-            variant="wanda-50",
-            baseline="dense",
-            nll_delta=delta,
-            nll_delta_ci95=ends,
-            details={"zero_share": 0.5},
-        ),
-    ]
-    assert verdict_of("wanda-50-quality", rows)["direction"] == said
-    assert verdict_of("wanda-50-sparsity", rows)["direction"] == "confirmed"
+    row = claims.judge(FACT, pruned(delta, ends))
+    assert row["verdict"] == said
+    assert row["decided on"] == "wanda-50 / dense; tiny, cpu"
+
+
+def test_a_verdict_turns_where_its_bound_does():
+    rows = pruned(0.2, (0.19, 0.21))
+    said = [claims.judge(FACT | {"direction": f"at most {x}"}, rows)["verdict"] for x in (1.1, 1.3)]
+    assert said == ["does not hold here", "holds here"]
+
+
+def test_what_cannot_be_decided_says_why():
+    row = claims.judge(FACT, pruned(0.1, (0.0, 0.2))[:1])
+    assert (row["verdict"], row["decided on"]) == ("not testable here", "no measured row wanda-50")
+    row = claims.judge(FACT | {"needs": "a model of 7 billion"}, pruned(0.1, (0.0, 0.2)))
+    assert (row["verdict"], row["decided on"]) == (
+        "not testable here",
+        "needs a model of 7 billion",
+    )
+
+
+def test_claims_are_counted_in_one_sentence():
+    rows = pruned(0.1, (0.09, 0.11))
+    facts = [FACT, FACT | {"direction": "down"}, FACT | {"variant": "none"}]
+    judged = pd.DataFrame([claims.judge(fact, rows) for fact in facts])
+    assert claims.counts(judged) == (
+        "Of 3 claims 1 hold here, 1 do not, 0 are undecided, 1 are not testable here."
+    )
 
 
 def ranks_on(place: str, **fields):
@@ -149,11 +185,13 @@ def ranks_on(place: str, **fields):
 
 
 def test_claims_about_gpus_need_gpus():
-    identities = ("fsdp-fits", "fsdp-speed", "tp-speed", "tp-over-fsdp")
+    identities = ("fsdp-speed", "tp-speed", "tp-over-fsdp")
     for identity in identities:
-        assert verdict_of(identity, ranks_on("gpu"))["direction"] == "confirmed"
-        assert verdict_of(identity, ranks_on("cpu"))["direction"] == "not measured"
-    assert verdict_of("falcon-degrees", [])["direction"] == "confirmed"  # its configuration says it
+        assert verdict_of(identity, ranks_on("gpu"))["verdict"] == "holds here"
+        assert verdict_of(identity, ranks_on("cpu"))["verdict"] == "not testable here"
+    held = verdict_of("fsdp-fits", ranks_on("cpu"))
+    assert held["verdict"] == "holds here"  # memory is what it is on any device
+    assert verdict_of("falcon-degrees", [])["verdict"] == "holds here"  # its configuration says it
 
 
 def test_throughput_may_compare_engines_and_speed_may_not():
@@ -173,7 +211,7 @@ def test_throughput_may_compare_engines_and_speed_may_not():
         )
     ]
     found = verdict_of("vllm-throughput", rows)
-    assert (found["here"], found["direction"], found["size"]) == ("4.00×", "confirmed", "smaller")
+    assert (found["here"], found["verdict"], found["size"]) == ("4.00×", "holds here", "smaller")
     assert verdict_of("continuous-throughput", rows)["here"] == "2.00×"
     assert claims.RATIOS["speed"](rows[3], rows[1]) is None
 
@@ -190,16 +228,17 @@ def test_throughput_counts_work_not_runs():
 
 
 def test_quality_between_two_variants_is_paired_where_that_was_measured():
+    fact = FACT | {"technique": "adapters", "variant": "qlora", "compared_with": "nf4"}
+    fact |= {"direction": "down"}
     shared = {"technique": "adapters", "eval_text": "t", "eval_tokens": 9, "eval_seq_len": 4}
     nf4 = a_record(**shared, id="nf4", variant="nf4", perplexity=20)
     qlora = a_record(**shared, id="qlora", variant="qlora", perplexity=10)
-    assert verdict_of("qlora-quality", [nf4, qlora])["here"] == "0.50×"
-    paired = qlora.model_copy(
-        update={"details": {"nll_against_nf4": -0.1, "nll_against_nf4_half_ci95": 0.3}}
-    )
-    assert verdict_of("qlora-quality", [nf4, paired])["direction"] == "within noise"
+    assert claims.judge(fact, [nf4, qlora])["here"] == "0.50×"
+    details = {"nll_against_nf4": -0.1, "nll_against_nf4_ci95": (-0.4, 0.2)}
+    paired = qlora.model_copy(update={"details": details})
+    assert claims.judge(fact, [nf4, paired])["verdict"] == "undecided"
     other = qlora.model_copy(update={"eval_text": "another"})
-    assert verdict_of("qlora-quality", [nf4, other])["direction"] == "not measured"
+    assert claims.judge(fact, [nf4, other])["verdict"] == "not testable here"
 
 
 def test_compromise_is_counted_over_all_records():
@@ -209,15 +248,15 @@ def test_compromise_is_counted_over_all_records():
         [1.4] * 3, 600, id="nf4", variant="nf4", nll_delta=0.3, nll_delta_ci95=(0.2, 0.4), **gain
     )
     rows = [a_record(**BASE), free]
-    assert verdict_of("compromise", rows)["direction"] == "refuted"
+    assert verdict_of("compromise", rows)["verdict"] == "does not hold here"
     assert verdict_of("compromise", [*rows, paid])["here"] == "1 of 2 faster variants lose quality"
-    assert verdict_of("compromise", rows[:1])["direction"] == "not measured"
+    assert verdict_of("compromise", rows[:1])["verdict"] == "not testable here"
 
 
 def test_every_claim_names_its_records_and_source():
     facts = pd.read_csv(claims.DATA / "claims.csv")
     assert facts["id"].is_unique and facts["claim"].is_unique
-    assert not facts.drop(columns="article_value").isna().any().any()
+    assert not facts.drop(columns=["article_value", "needs"]).isna().any().any()
     ratio = facts["quantity"].str.fullmatch(r"[a-z_]+/([a-z_]+|[\d.e]+)")
     assert (facts["quantity"].isin([*claims.RATIOS, *claims.WHOLE]) | ratio).all()
     assert facts["direction"].str.fullmatch(r"up|down|alike|at most [\d.]+").all()

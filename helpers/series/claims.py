@@ -22,46 +22,79 @@ from helpers.series import planner
 
 DATA = Path(__file__).parent.parent / "data"
 ALIKE = 0.05  # two things are alike, or a size is met, within this share
-UNKNOWN = {"here": "–", "direction": "not measured", "size": "–"}
+HOLDS, FAILS, OPEN, UNTESTED = (
+    "holds here",
+    "does not hold here",
+    "undecided",
+    "not testable here",
+)
+VERDICTS = [HOLDS, FAILS, OPEN, UNTESTED]
 
 
 def claims(records: list[Record], technique: str | None = None) -> pd.DataFrame:
-    """The article's claims beside what these records say: direction and size judged apart.
+    """The article's claims beside what these records say, a row each, by the claim.
 
-    Direction: confirmed, refuted or within noise; likeness is confirmed when the whole interval
-    lies within 5 % of one, a bound ("at most") when all of it lies below. Size: met when the
-    article's figure lies in the interval widened by 5 %, else the effect is larger or smaller; "–"
-    where the article gives none. A claim without its records is "not measured".
+    verdict : holds here, does not hold here, undecided (the interval spans the bound), or not
+        testable here. Likeness holds where the whole interval lies within 5 % of one, a bound
+        ("at most") where all of it lies below.
+    size : met where the article's figure lies in the interval widened by 5 %, else the effect is
+        larger or smaller; "–" where the article gives none.
+    decided on : the two rows, the model and the device; where nothing is decided, why.
     """
     facts = pd.read_csv(DATA / "claims.csv")
     if technique:
         facts = facts[facts["technique"] == technique]
-    rows = [_judged(fact, records) for fact in facts.to_dict("records")]
+    rows = [judge(fact, records) for fact in facts.to_dict("records")]
     return pd.DataFrame(rows).set_index("claim").rename_axis(None)
 
 
-def _judged(fact: dict, records: list[Record]) -> dict:
+def counts(judged: pd.DataFrame) -> str:
+    """How many claims hold, do not, are undecided or not testable, in one sentence."""
+    found = judged["verdict"].value_counts()
+    hold, fail, undecided, untested = (int(found.get(verdict, 0)) for verdict in VERDICTS)
+    return (
+        f"Of {len(judged)} claims {hold} hold here, {fail} do not, {undecided} are undecided, "
+        f"{untested} are not testable here."
+    )
+
+
+def judge(fact: dict, records: list[Record]) -> dict:
+    """The verdict on one row of `data/claims.csv`: a row of `claims`."""
     said = None if pd.isna(fact["article_value"]) else fact["article_value"]
     row = {
         "claim": fact["claim"],
         "article": f"{said:.2f}× ({fact['article_figures']})" if said else fact["article_figures"],
     }
+    if not pd.isna(fact["needs"]):
+        return row | _untested(f"needs {fact['needs']}")
     if fact["quantity"] in WHOLE:
         return row | WHOLE[fact["quantity"]](fact, records)
-    one, other = (
-        _find(records, fact["technique"], fact[name]) for name in ("variant", "compared_with")
-    )
-    if not one or not other:
-        return row | UNKNOWN
+    one = _find(records, fact["technique"], fact["variant"])
+    other = _find(records, fact["technique"], fact["compared_with"])
+    for record, name in ((one, fact["variant"]), (other, fact["compared_with"])):
+        if record is None:
+            return row | _untested(f"no measured row {name}")
     of_speed = fact["quantity"] in ("speed", "throughput")
     if of_speed and (shares_a_cpu(one) or shares_a_cpu(other)):
-        return row | UNKNOWN | {"here": "ranks on one CPU"}
+        return row | _untested("ranks share one CPU")
     gain = (
         RATIOS[fact["quantity"]](one, other)
         if fact["quantity"] in RATIOS
         else _share(fact["quantity"], one, other)
     )
-    return row | (_verdict(gain, fact["direction"], said) if gain else UNKNOWN)
+    if gain is None:
+        return row | _untested(f"{one.id} and {other.id} were not measured alike")
+    return row | _verdict(gain, fact["direction"], said) | {"decided on": _evidence(one, other)}
+
+
+def _untested(why: str) -> dict:
+    return {"here": "–", "verdict": UNTESTED, "size": "–", "decided on": why}
+
+
+def _evidence(one: Record, other: Record) -> str:
+    """The rows compared, the model and the device."""
+    rows = one.id if one.id == other.id else f"{one.id} / {other.id}"
+    return f"{rows}; {Path(one.model).name}, {one.device}"
 
 
 def _direction(low: float, high: float, direction: str) -> str:
@@ -74,12 +107,12 @@ def _direction(low: float, high: float, direction: str) -> str:
     if direction.startswith("at most "):
         most = float(direction.removeprefix("at most "))
     if direction in ("up", "down") and low <= 1 <= high:
-        return "within noise"
+        return OPEN
     if least <= low and high <= most:
-        return "confirmed"
+        return HOLDS
     if high < least or low > most:
-        return "refuted"
-    return "within noise"
+        return FAILS
+    return OPEN
 
 
 def _size(low: float, high: float, direction: str, article: float | None) -> str:
@@ -98,7 +131,7 @@ def _verdict(gain: timing.Ratio, direction: str, article: float | None) -> dict:
     ends = gain[1:] if gain.low else None
     return {
         "here": interval(gain.value, ends, unit="×"),
-        "direction": _direction(low, high, direction),
+        "verdict": _direction(low, high, direction),
         "size": _size(low, high, direction, article),
     }
 
@@ -144,13 +177,13 @@ def _memory(one: Record, other: Record) -> timing.Ratio | None:
 
 def _perplexity(one: Record, other: Record) -> timing.Ratio | None:
     """exp of the paired difference where one was scored against the other, else the bare ratio."""
-    against = f"nll_against_{other.id.replace('-', '_')}"
     if one.baseline == other.id and one.nll_delta is not None:
         ends = one.nll_delta_ci95 or (one.nll_delta,) * 2
         return timing.Ratio(*(math.exp(x) for x in (one.nll_delta, *ends)))
-    if None not in (one.details.get(against), one.details.get(f"{against}_half_ci95")):
-        mean, half = one.details[against], one.details[f"{against}_half_ci95"]
-        return timing.Ratio(*(math.exp(mean + x) for x in (0, -half, half)))
+    against = f"nll_against_{other.id.replace('-', '_')}"
+    mean, ends = one.details.get(against), one.details.get(f"{against}_ci95")
+    if None not in (mean, ends):
+        return timing.Ratio(*(math.exp(x) for x in (mean, *ends)))
     if len({(r.eval_text, r.eval_tokens, r.eval_seq_len) for r in (one, other)}) > 1:
         return None
     return _over(one.perplexity, other.perplexity)
@@ -179,34 +212,31 @@ def _over(above, below) -> timing.Ratio | None:
 def _compromise(fact: dict, records: list[Record]) -> dict:
     """How many of the variants that are faster in their engine are measurably worse in quality."""
     engine = {(r.technique, r.id): r.engine for r in records}
-    faster = [
-        r
-        for r in records
-        if r.sweep is None
-        and r.speedup_ci95
-        and r.speedup_ci95[0] > 1
-        and r.nll_delta_ci95
-        and engine[r.technique, r.baseline] == r.engine
-        and not shares_a_cpu(r)
-    ]
-    worse = [r for r in faster if r.nll_delta_ci95[0] > 0]
-    return (
-        {
-            "here": f"{len(worse)} of {len(faster)} faster variants lose quality",
-            "size": "–",
-            "direction": "confirmed" if worse else "refuted",
-        }
-        if faster
-        else UNKNOWN
-    )
+    faster = {}
+    for record in records:
+        if record.sweep or not record.speedup_ci95 or not record.nll_delta_ci95:
+            continue
+        one_engine = engine[record.technique, record.baseline] == record.engine
+        if record.speedup_ci95[0] > 1 and one_engine and not shares_a_cpu(record):
+            faster.setdefault(record.id, record)  # fp16 stands in several lessons
+    if not faster:
+        return _untested("no faster variant with a score")
+    worse = [record for record in faster.values() if record.nll_delta_ci95[0] > 0]
+    return {
+        "here": f"{len(worse)} of {len(faster)} faster variants lose quality",
+        "verdict": HOLDS if worse else FAILS,
+        "size": "–",
+        "decided on": f"all scored rows; {Path(records[0].model).name}, {records[0].device}",
+    }
 
 
 def _degrees(fact: dict, records: list[Record]) -> dict:
     model = planner.describe(fact["variant"])
     return {
         "here": f"{model.heads} heads, {model.kv_heads} for keys",
+        "verdict": HOLDS if planner.degrees(model) == [1] else FAILS,
         "size": "–",
-        "direction": "confirmed" if planner.degrees(model) == [1] else "refuted",
+        "decided on": f"the configuration of {fact['variant']}",
     }
 
 
