@@ -304,12 +304,12 @@ def test_verdicts_are_computed():
     )
 
 
-def test_readme_is_what_the_committed_results_say():
-    """Whatever this machine's own runs have left: README tells the committed evidence."""
-    text = (report.ROOT / "README.md").read_text()
-    assert text == report.render_readme(text, report.readme_parts(report.committed())), (
-        "make readme"
-    )
+def test_readme_and_results_are_what_the_committed_records_say():
+    text = (results.ROOT / "README.md").read_text()
+    place = report.committed()
+    assert text == report.render_readme(text, report.readme_parts(place)), "make readme"
+    page = (results.ROOT / "RESULTS.md").read_text()
+    assert page == report.results_page(place), "make readme"
 
 
 def test_a_readme_without_its_marks_is_refused():

@@ -1,7 +1,7 @@
-"""What the records of many lessons say together: README's generated parts, captions, tables.
+"""What the records of many lessons say together: README and RESULTS.md, captions, tables.
 
-`python -m helpers.series.report` writes README from the committed evidence; with `--check` it only
-says whether README is stale.
+`python -m helpers.series.report` writes both from the committed evidence; with `--check` it only
+says whether one of them is stale.
 """
 
 import argparse
@@ -15,8 +15,8 @@ import pandas as pd
 
 from helpers import machine, results
 from helpers.results import Record, Results
-from helpers.series import stamps
-from helpers.series.claims import claims
+from helpers.series import front, stamps
+from helpers.series.claims import claims, counts
 
 ROOT = results.ROOT
 REFERENCE = ROOT / "notebooks" / "results"
@@ -201,22 +201,18 @@ def write_table(rows: pd.DataFrame, folder: Path, name: str) -> None:
 
 
 def _entry(path: Path) -> str:
-    """A notebook's line of a list: its name, where it is, its title."""
+    """A notebook in Markdown: its name, where it is, its title."""
     heading = nbformat.read(path, 4).cells[0].source.splitlines()[0]
     title = heading.split("·")[-1].strip()
-    return f"- [{path.stem}]({path.relative_to(ROOT).as_posix()}): {title}"
+    return f"[{path.stem}]({path.relative_to(ROOT).as_posix()}): {title}"
 
 
-def _lesson_list(found: dict[str, Results]) -> str:
-    """The notebooks, with their titles, and whether their results are there (Markdown list)."""
-    rows = []
-    paths = stamps.notebooks()
-    for path in paths:
-        state = "with results" if path.stem in found else "no results committed yet"
-        if path == paths[-1]:
-            state = "reads all of them"
-        rows.append(f"{_entry(path)} *({state})*")
-    return "\n".join(rows)
+def _lesson_table(rows: pd.DataFrame) -> str:
+    """The seven lessons, each with the row that stands for it, and the comparison (Markdown)."""
+    *lessons, comparison = stamps.notebooks()
+    titles = {path.stem[3:]: _entry(path) for path in lessons}
+    table = front.lesson_rows(rows, titles).to_markdown(index=False)
+    return f"{table}\n\n{_entry(comparison)}. It reads what the seven left."
 
 
 def _stamp_sentence() -> str:
@@ -250,34 +246,59 @@ def _result_rows(place: Found) -> str:
     titles = [record.technique.replace("_", " ").replace("gpus", "GPUs") for record in records]
     rows.insert(0, "technique", titles)
     rows.insert(1, "variant", names)
-    unneeded = ["note", "Δ nll (nats)", "device", "loading GB"]
-    return rows.drop(columns=unneeded).to_markdown(index=False)
+    return rows.to_markdown(index=False)
+
+
+def _conditions_line(place: Found) -> str:
+    """Model, machine and day, for the tables of README and RESULTS.md."""
+    files = list(place.lessons.values())
+    where = files[0].machine
+    return (
+        f"{place.model}, {where.cpu}, {where.cores} cores (`{place.machine}`), "
+        f"{measured_on(files)}. Intervals: 95 %. GB = 1e9 bytes, memory above the start."
+    )
+
+
+def _picture(place: Found, text: str) -> str:
+    """The first chart in both themes, with its text for those who cannot see it."""
+    folder = f"figures/{place.machine}/{place.model}"
+    dark = f'media="(prefers-color-scheme: dark)" srcset="{folder}/overview_dark.png"'
+    return (
+        f"<picture>\n<source {dark}>\n"
+        f'<img alt="{text.replace("*", "")}" width="525" src="{folder}/overview.png">\n</picture>'
+    )
 
 
 def readme_parts(place: Found | None) -> dict[str, str]:
     """README's generated parts, in Markdown, by the name of their marks."""
-    lessons = place.lessons if place else {}
-    parts = {"lessons": _lesson_list(lessons), "stamps": _stamp_sentence()}
-    parts["deeper"] = "\n".join(_entry(path) for path in stamps.notebooks(deeper=True))
+    rows = front.picks(place.records) if place else pd.DataFrame(columns=["technique"])
+    deeper = [f"- {_entry(path)}" for path in stamps.notebooks(deeper=True)]
+    parts = {"lessons": _lesson_table(rows), "deeper": "\n".join(deeper)}
+    parts["stamps"] = _stamp_sentence()
     if place is None:
-        return parts | dict.fromkeys(("chart", "results", "claims"), "*No results yet.*")
-    files = list(lessons.values())
-    where = files[0].machine
-    conditions = (
-        f"{place.model}, {where.cpu}, {where.cores} cores (`{place.machine}`), "
-        f"{measured_on(files)}. Intervals: 95 %. GB = 1e9 bytes, memory above the start."
-    )
-    folder = f"figures/{place.machine}/{place.model}"
-    parts["chart"] = (
-        f'<picture>\n<source media="(prefers-color-scheme: dark)" '
-        f'srcset="{folder}/speedup_dark.png">\n'
-        f'<img alt="Speed of every variant against the baseline of the same run" width="525" '
-        f'src="{folder}/speedup.png">\n</picture>'
-    )
-    parts["results"] = f"{conditions}\n\n{_result_rows(place)}"
-    judged = claims(place.records).reset_index(names="the article's claim")
-    parts["claims"] = judged.to_markdown(index=False)
+        missing_parts = ("sentence", "chart", "conditions", "surprises", "claims")
+        return parts | dict.fromkeys(missing_parts, "*No results yet.*")
+    where = front.conditions(place.records[0], next(iter(place.lessons.values())).machine)
+    parts["sentence"] = front.sentence(rows, where)
+    parts["chart"] = _picture(place, parts["sentence"])
+    parts["conditions"] = _conditions_line(place)
+    parts["surprises"] = "\n".join(front.surprises(place.records))
+    judged = claims(place.records)
+    table = judged.reset_index(names="the article's claim").to_markdown(index=False)
+    fold = f"<details>\n<summary>Each claim, and what decided it</summary>\n\n{table}\n\n</details>"
+    parts["claims"] = f"{counts(judged)}\n\n{fold}"
     return parts
+
+
+def results_page(place: Found | None) -> str:
+    """RESULTS.md: every row of every lesson with its warnings."""
+    if place is None:
+        return "# Results\n\nNone yet.\n"
+    return (
+        "# Results: every row\n\nMade by `make readme` from the committed records; README tells "
+        "what the columns mean.\n\n"
+        f"{_conditions_line(place)}\n\n{_result_rows(place)}\n"
+    )
 
 
 def render_readme(text: str, parts: dict[str, str]) -> str:
@@ -305,14 +326,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m helpers.series.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when stale")
     arguments = parser.parse_args()
+    place = committed()
     readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    fresh = render_readme(text, readme_parts(committed()))
+    pages = {
+        readme: render_readme(readme.read_text(encoding="utf-8"), readme_parts(place)),
+        ROOT / "RESULTS.md": results_page(place),
+    }
+    stale = []
+    for path, fresh in pages.items():
+        if not path.exists() or path.read_text(encoding="utf-8") != fresh:
+            stale.append(path.name)
+            if not arguments.check:
+                results.write_atomically(path, fresh)
     if arguments.check:
-        stale = fresh != text
-        print("README is stale: make readme" if stale else "README is fresh")
-        return int(stale)
-    results.write_atomically(readme, fresh)
+        print(f"stale: {', '.join(stale)} (make readme)" if stale else "README and RESULTS fresh")
+        return int(bool(stale))
     return 0
 
 
