@@ -26,7 +26,7 @@ MARKS = "*†‡§¶"
 def picks(records: list[Record]) -> pd.DataFrame:
     """One row for each line of `data/front.csv` that has a record, in its order.
 
-    label, technique, variant, model : which. baseline : the record's, "" for none.
+    label, technique, id, model : which. baseline : the record's, "" for none.
     foreign : the baseline is not the first row of its lesson, so that it has to be named.
     speedup, low, high : over the baseline in pairs; NaN where ranks share one CPU.
     memory_share : peak above the start over the baseline's. quality : of the predictions, in words;
@@ -48,7 +48,7 @@ def _picked(label: str, record: Record, lesson: list[Record]) -> dict:
     row = {
         "label": label,
         "technique": record.technique,
-        "variant": record.id,
+        "id": record.id,
         "model": record.model,
         "baseline": record.baseline or "",
         "foreign": baseline is not None and baseline is not lesson[0],

@@ -151,11 +151,23 @@ def measured_on(lessons: list[Results]) -> str:
     return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
 
 
-def caption(found: dict[str, Found], what: str) -> str:
-    """A caption for write-ups: what is shown, and of each machine the conditions."""
-    conditions = [_conditions(place) for place in found.values()]
-    closing = "Greedy, each variant in pairs with its baseline; intervals 95 %. GB = 1e9 bytes."
-    return " ".join([what, *conditions, closing])
+def caption(found: dict[str, Found], what: str, rows: pd.DataFrame) -> str:
+    """A caption for write-ups: what is shown, and the conditions of the rows that are drawn.
+
+    rows : what is drawn, with `technique` and `id` where it is a record; a column `machine` says
+        of which title in `found`. Rows with a `source` are others' and are named by it.
+    """
+    sentences = [what]
+    for title, place in found.items():
+        of_place = rows[rows.machine == title] if "machine" in rows else rows
+        drawn = set(zip(of_place.technique, of_place.id, strict=True)) if "id" in rows else set()
+        records = [r for r in place.records if (r.technique, r.id) in drawn and r.status == "ok"]
+        if records:
+            sentences.append(_conditions(place, records))
+    if "source" in rows and rows.source.notna().any():
+        sources = sorted(set(rows.source.dropna()))
+        sentences.append(f"Published, not measured here: {'; '.join(sources)}.")
+    return " ".join(sentences)
 
 
 def _distinct(records: list[Record], field: str) -> str:
@@ -163,28 +175,37 @@ def _distinct(records: list[Record], field: str) -> str:
     return ", ".join(map(str, sorted(values)))
 
 
-def _conditions(place: Found) -> str:
-    """Model, hardware, versions, date and settings of one machine's results, in sentences."""
-    records, lessons = place.headline, list(place.lessons.values())
+def _conditions(place: Found, records: list[Record]) -> str:
+    """Model, hardware, versions, date, settings and warnings of these records, in sentences."""
+    lessons = [
+        lesson for lesson in place.lessons.values() if any(map(lesson.records.count, records))
+    ]
     where = lessons[0].machine
     revision = records[0].model_revision
     model = f"{place.model} ({revision})" if revision else place.model
     hardware = ", ".join(gpu.name for gpu in where.gpus) or f"{where.cpu}, {where.cores} cores"
     engines = sorted({f"{r.engine} {r.engine_version}" for r in records if r.engine_version})
-    baselines = [r.tokens_per_s for r in records if r.id == "fp32" and r.tokens_per_s]
-    drift = ""
-    if len(baselines) > 1:
-        drift = (
-            f" The fp32 baseline gave {min(baselines):.1f} to {max(baselines):.1f} tokens/s in "
-            "different lessons: compare within a lesson."
-        )
-    return (
-        f"Model: {model}. Machine: {hardware}, {where.memory_bytes / GB:.0f} GB memory "
-        f"({where.slug}), threads: {_distinct(records, 'threads')}. "
-        f"torch {where.versions.get('torch', 'unknown')}, {', '.join(engines)}. "
-        f"Measured {measured_on(lessons)}; prompts of {_distinct(records, 'prompt_tokens')} "
-        f"tokens, {_distinct(records, 'new_tokens')} new ones.{drift}"
-    )
+    sentences = [
+        f"Model: {model}.",
+        f"Machine: {hardware}, {where.memory_bytes / GB:.0f} GB memory ({where.slug}).",
+        f"torch {where.versions.get('torch', 'unknown')}, {', '.join(engines)}.",
+        f"Measured {measured_on(lessons)}, greedy.",
+    ]
+    requests = sorted({r.details["requests"] for r in records if "requests" in r.details})
+    if requests:
+        sentences.append(f"Workloads of {', '.join(map(str, requests))} requests.")
+    elif _distinct(records, "new_tokens"):
+        prompts, new = _distinct(records, "prompt_tokens"), _distinct(records, "new_tokens")
+        sentences.append(f"Prompts of {prompts or 'unknown'} tokens, {new} new ones.")
+    pairs = sorted({len(record.pairs) for record in records if record.pairs})
+    if pairs:
+        ends = dict.fromkeys((pairs[0], pairs[-1]))
+        count = " to ".join(map(str, ends))
+        sentences.append(f"Speed in {count} pairs with the baseline, 95 % intervals.")
+    warned = sorted({record.variant for record in records if record.warnings})
+    if warned:
+        sentences.append(f"With warnings in RESULTS.md: {', '.join(warned)}.")
+    return " ".join(sentences)
 
 
 def write_table(rows: pd.DataFrame, folder: Path, name: str) -> None:
