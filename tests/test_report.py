@@ -408,3 +408,19 @@ def test_the_short_answer_is_computed():
     assert strict.iloc[0, 0].startswith("fp32") and strict.iloc[2, 1] == "nothing is as fast"
     with pytest.raises(ValueError, match="nearest are a100"):
         answers.answers([], "falcon-7b", "a100-48gb", 0.05, 0.1)
+
+
+def test_a_caption_tells_the_conditions_of_the_rows_drawn():
+    place = report.committed()
+    rows = results.frame(place.records, place.limits)
+    fp16 = rows[(rows.technique == "mixed_precision") & (rows.id == "fp16")]
+    text = report.caption({"here": place}, "Shown.", fp16)
+    assert text.startswith("Shown. Model: ") and "transformers" in text
+    assert "pairs with the baseline" in text
+    assert "llama.cpp" not in text and "vllm" not in text
+    elsewhere = report.caption({"here": place}, "Shown.", fp16.assign(machine="there"))
+    assert elsewhere == "Shown."
+    predicted = pd.DataFrame({"technique": ["fp16"], "total_bytes": [1]})
+    assert report.caption({"here": place}, "Predicted.", predicted) == "Predicted."
+    published = predicted.assign(source="a paper")
+    assert report.caption({"here": place}, "P.", published).endswith("not measured here: a paper.")

@@ -177,9 +177,11 @@ def _distinct(records: list[Record], field: str) -> str:
 
 def _conditions(place: Found, records: list[Record]) -> str:
     """Model, hardware, versions, date, settings and warnings of these records, in sentences."""
-    lessons = [
-        lesson for lesson in place.lessons.values() if any(map(lesson.records.count, records))
-    ]
+    named = {(record.technique, record.id) for record in records}
+    lessons = []
+    for lesson in place.lessons.values():
+        if not named.isdisjoint((record.technique, record.id) for record in lesson.records):
+            lessons.append(lesson)
     where = lessons[0].machine
     revision = records[0].model_revision
     model = f"{place.model} ({revision})" if revision else place.model
@@ -194,8 +196,9 @@ def _conditions(place: Found, records: list[Record]) -> str:
     requests = sorted({r.details["requests"] for r in records if "requests" in r.details})
     if requests:
         sentences.append(f"Workloads of {', '.join(map(str, requests))} requests.")
-    elif _distinct(records, "new_tokens"):
-        prompts, new = _distinct(records, "prompt_tokens"), _distinct(records, "new_tokens")
+    single = [record for record in records if "requests" not in record.details]
+    prompts, new = _distinct(single, "prompt_tokens"), _distinct(single, "new_tokens")
+    if new:
         sentences.append(f"Prompts of {prompts or 'unknown'} tokens, {new} new ones.")
     pairs = sorted({len(record.pairs) for record in records if record.pairs})
     if pairs:
