@@ -85,14 +85,26 @@ def verdict_of(identity: str, records) -> pd.Series:
 
 
 @pytest.mark.parametrize(
-    ("delta", "ends", "said"),
+    ("latency", "said"),
     [
-        (0.1, (0.09, 0.11), "confirmed"),
-        (0.7, (0.6, 0.8), "refuted"),
-        (0.2, (0.1, 0.4), "within noise"),
+        ([2.4, 2.41, 2.39], "confirmed"),
+        ([1.6, 1.61, 1.59], "refuted"),
+        ([2.4, 1.6, 2.0], "within noise"),
     ],
 )
-def test_a_bound_is_kept_by_the_whole_interval(delta, ends, said):
+def test_a_bound_is_kept_by_the_whole_interval(latency, said):
+    """FSDP is at most as fast as one GPU."""
+    fields = {"technique": "multiple_gpus", "device": "cuda"}
+    rows = [
+        a_record(**BASE | fields | {"id": "single", "variant": "single"}),
+        variant(latency, 600, **fields | {"id": "fsdp-2", "variant": "fsdp-2"}),
+    ]
+    rows[1].baseline = "single"
+    assert verdict_of("fsdp-speed", rows)["direction"] == said
+
+
+def test_what_cannot_be_tested_here_says_what_it_takes():
+    """No record of a small model confirms or refutes what was said of a large one."""
     rows = [
         a_record(technique="pruning", id="dense", variant="dense"),
         a_record(
@@ -100,13 +112,15 @@ def test_a_bound_is_kept_by_the_whole_interval(delta, ends, said):
             id="wanda-50",
             variant="wanda-50",
             baseline="dense",
-            nll_delta=delta,
-            nll_delta_ci95=ends,
-            details={"zero_share": 0.5},
+            nll_delta=0.7,
+            nll_delta_ci95=(0.6, 0.8),
         ),
     ]
-    assert verdict_of("wanda-50-quality", rows)["direction"] == said
-    assert verdict_of("wanda-50-sparsity", rows)["direction"] == "confirmed"
+    for identity in ("wanda-50-quality", "structured-quality"):
+        for records in (rows, []):
+            judged = verdict_of(identity, records)
+            assert judged["direction"] == "not testable here" and judged["size"] == "–"
+            assert judged["here"].startswith("needs a model of 7 billion parameters, ")
 
 
 def ranks_on(place: str, **fields):
@@ -190,16 +204,15 @@ def test_throughput_counts_work_not_runs():
 
 
 def test_quality_between_two_variants_is_paired_where_that_was_measured():
-    shared = {"technique": "adapters", "eval_text": "t", "eval_tokens": 9, "eval_seq_len": 4}
-    nf4 = a_record(**shared, id="nf4", variant="nf4", perplexity=20)
-    qlora = a_record(**shared, id="qlora", variant="qlora", perplexity=10)
-    assert verdict_of("qlora-quality", [nf4, qlora])["here"] == "0.50×"
-    paired = qlora.model_copy(
-        update={"details": {"nll_against_nf4": -0.1, "nll_against_nf4_half_ci95": 0.3}}
-    )
-    assert verdict_of("qlora-quality", [nf4, paired])["direction"] == "within noise"
-    other = qlora.model_copy(update={"eval_text": "another"})
-    assert verdict_of("qlora-quality", [nf4, other])["direction"] == "not measured"
+    shared = {"technique": "pruning", "eval_text": "t", "eval_tokens": 9, "eval_seq_len": 4}
+    magnitude = a_record(**shared, id="magnitude-50", variant="magnitude-50", perplexity=20)
+    wanda = a_record(**shared, id="wanda-50", variant="wanda-50", perplexity=10)
+    assert verdict_of("wanda-50-choice", [magnitude, wanda])["here"] == "0.50×"
+    gap = {"nll_against_magnitude-50": -0.1, "nll_against_magnitude-50_ci95": [-0.4, 0.2]}
+    paired = wanda.model_copy(update={"details": gap})
+    assert verdict_of("wanda-50-choice", [magnitude, paired])["direction"] == "within noise"
+    other = wanda.model_copy(update={"eval_text": "another"})
+    assert verdict_of("wanda-50-choice", [magnitude, other])["direction"] == "not measured"
 
 
 def test_compromise_is_counted_over_all_records():

@@ -4,8 +4,9 @@ does.
 A claim compares one quantity of two records (ids, `*` for a number of ranks): speed (paired 95 %
 interval, one engine), throughput (useful tokens/s, engines may differ), memory (peak above what was
 resident before), weights (bytes), perplexity (interval of the paired log-likelihood), or a/b: a
-field or detail of one over a field or detail of the other, or over a number. Two kinds need no
-pair: `compromise` counts over all records, `degrees` reads a model's configuration. What several
+field or detail of one over a field or detail of the other, or over a number. Three kinds need no
+pair: `compromise` counts over all records, `degrees` reads a model's configuration, `untestable`
+names what a test of it would need (in place of the two records). What several
 CPU processes did in place of GPUs is no evidence on speed.
 """
 
@@ -144,13 +145,13 @@ def _memory(one: Record, other: Record) -> timing.Ratio | None:
 
 def _perplexity(one: Record, other: Record) -> timing.Ratio | None:
     """exp of the paired difference where one was scored against the other, else the bare ratio."""
-    against = f"nll_against_{other.id.replace('-', '_')}"
+    against = f"nll_against_{other.id}"
     if one.baseline == other.id and one.nll_delta is not None:
         ends = one.nll_delta_ci95 or (one.nll_delta,) * 2
         return timing.Ratio(*(math.exp(x) for x in (one.nll_delta, *ends)))
-    if None not in (one.details.get(against), one.details.get(f"{against}_half_ci95")):
-        mean, half = one.details[against], one.details[f"{against}_half_ci95"]
-        return timing.Ratio(*(math.exp(mean + x) for x in (0, -half, half)))
+    mean, ends = one.details.get(against), one.details.get(f"{against}_ci95")
+    if mean is not None and ends:
+        return timing.Ratio(*(math.exp(x) for x in (mean, *ends)))
     if len({(r.eval_text, r.eval_tokens, r.eval_seq_len) for r in (one, other)}) > 1:
         return None
     return _over(one.perplexity, other.perplexity)
@@ -210,6 +211,11 @@ def _degrees(fact: dict, records: list[Record]) -> dict:
     }
 
 
+def _untestable(fact: dict, records: list[Record]) -> dict:
+    needed = f"needs {fact['variant']}, {fact['compared_with']}"
+    return {"here": needed, "size": "–", "direction": "not testable here"}
+
+
 RATIOS = {
     "speed": _speed,
     "throughput": _throughput,
@@ -217,4 +223,4 @@ RATIOS = {
     "perplexity": _perplexity,
     "weights": lambda one, other: _over(one.weight_bytes, other.weight_bytes),
 }
-WHOLE = {"compromise": _compromise, "degrees": _degrees}
+WHOLE = {"compromise": _compromise, "degrees": _degrees, "untestable": _untestable}
