@@ -151,7 +151,7 @@ def test_bfloat16_moves_more_than_float16(run_lesson):
     assert by_variant["bf16"].kl_divergence > by_variant["fp16"].kl_divergence > 0
     assert {record.sweep for record in by_variant.values()} == {None, "prompt_tokens"}
     judged = claims.claims(list(by_variant.values()), "bfloat16")
-    assert judged.loc["bfloat16 weights take half the memory", "direction"] == "confirmed"
+    assert judged.loc["bfloat16 weights take half the memory", "verdict"] == "holds here"
 
 
 @pytest.mark.parametrize(
