@@ -17,6 +17,7 @@ LESSONS = {
     "03_quantization": LLAMA,
     "04_adapters": LLAMA,
     "05_pruning": LLAMA,
+    "06_continuous_batching": LLAMA,
 }
 
 

@@ -18,6 +18,7 @@ STEPS = [
     ("one-by-one", "static-transformers", "batching"),
     ("static-transformers", "static-vllm", "engine"),
     ("static-vllm", "continuous-vllm", "scheduler"),
+    ("continuous-vllm", "continuous-vllm-paged", "pages"),
 ]
 SCORED = {"eval_text": "t", "eval_seq_len": 4, "decode_tokens_per_s": 11.0}
 
@@ -61,6 +62,7 @@ def batches() -> list[results.Record]:
         ("static-vllm", 40, {"details": {"engine_factor": 2.0}}),
         ("static-transformers", 20, {"baseline": "one-by-one", "speedup": 2.0}),
         ("continuous-vllm", 80, {"baseline": "static-vllm", "speedup": 2.5}),
+        ("continuous-vllm-paged", 88, {"baseline": "continuous-vllm", "speedup": 1.1}),
     ):
         rows.append(a_record(**kind, id=name, variant=name, tokens_per_s=tokens_per_s, **fields))
     missing = {"status": "unsupported", "reason": "not installed"}
@@ -69,12 +71,14 @@ def batches() -> list[results.Record]:
         fields = {"sweep": "batch_size", "batch_size": n, "tokens_per_s": 20 * n**0.8}
         rows.append(a_record(**kind, id=f"batch-{n}", variant=f"batch-{n}", **fields))
     for rate in (1, 2, 4):
-        details = {"request_rate_per_s": rate, "goodput_per_s": min(rate, 2)}
-        details |= {"failed_requests": rate // 4, "objective_ttft_s": 1.0}
-        details |= {"objective_inter_token_s": 0.2}
-        for number, quantile in enumerate(("p50", "p95", "p99"), 1):
+        share = min(1.0, 2 / rate)
+        details = {"achieved_rate_per_s": 0.99 * rate, "capacity_per_s": 2.5}
+        details |= {"failed_requests": rate // 4}
+        details |= {"objective_ttft_s": 1.0, "objective_tpot_s": 0.2}
+        details |= {"in_time_share": share, "in_time_low": share - 0.1, "in_time_high": share}
+        for number, quantile in enumerate(("p50", "p95"), 1):
             details[f"ttft_{quantile}_s"] = 0.1 * rate * number
-            details[f"inter_token_{quantile}_s"] = 0.01 * rate * number
+            details[f"tpot_{quantile}_s"] = 0.01 * rate * number
         fields = {"sweep": "request_rate", "tokens_per_s": 30 * rate, "details": details}
         rows.append(a_record(**kind, id=f"rate-{rate}", variant=f"rate-{rate}", **fields))
     return rows
@@ -150,18 +154,36 @@ def test_cpu_ranks_stay_out_of_the_chart_of_speeds(comparison):
 def test_batching_draws_steps_in_order_and_the_rest_below():
     figure = serving_charts.batching(frame(*batches()), steps=STEPS)
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert names[:4] == ["one-by-one", "static-transformers", "static-vllm", "continuous-vllm"]
-    assert names[4:] == ["continuous-llamacpp · 4-bit", "openvino"]
-    assert {"batching\n2.0×", "engine\n2.0×", "scheduler\n2.5×", "unsupported"} <= texts(figure)
+    assert names[:3] == ["one-by-one", "static-transformers", "static-vllm"]
+    assert names[3:5] == ["continuous-vllm", "continuous-vllm-paged"]
+    assert names[5:] == ["continuous-llamacpp · 4-bit", "openvino"]
+    assert {
+        "batching\n2.0×",
+        "engine\n2.0×",
+        "scheduler\n2.5×",
+        "pages\n1.1×",
+        "unsupported",
+    } <= texts(figure)
     assert not any("engine" in text for text in texts(serving_charts.batching(frame(*batches()))))
 
 
 def test_a_server_is_drawn_by_batch_size_and_by_rate():
     figure = serving_charts.throughput_latency(frame(*batches()))
     assert len(figure.axes) == 4
-    assert {"16", "p99\n", "objective", "1 failed"} <= texts(figure)
+    assert {"16", "p95\n", "objective", "capacity", "1 failed"} <= texts(figure)
+    labels = [axis.get_ylabel() for axis in figure.axes]
+    assert labels[1:] == ["first token (s)", "s per output token", "share in time, 95 %"]
     only = [row for row in batches() if row.sweep == "batch_size"]
     assert len(serving_charts.throughput_latency(frame(*only)).axes) == 1
+
+
+def test_a_load_without_its_share_in_time_is_not_drawn():
+    """Records of the first edition: bursts, from which no share in time follows."""
+    kind = {"technique": "continuous_batching", "engine": "vllm", "sweep": "request_rate"}
+    fields = {"tokens_per_s": 30, "details": {"goodput_per_s": 1.0}}
+    burst = a_record(**kind, **fields, id="burst", variant="burst")
+    drawn = serving_charts.swept(frame(*batches(), burst))
+    assert "rate-1" in set(drawn.id) and "burst" not in set(drawn.id)
 
 
 def test_memory_is_what_was_taken_above_the_start():

@@ -392,7 +392,15 @@ def measured_rows():
         )
         for size in (1, 16)
     ]
-    return [base, half, *batches]
+    load = a_record(
+        technique="continuous_batching",
+        id="load-1",
+        variant="load-1",
+        sweep="request_rate",
+        tokens_per_s=200,
+        details={"tpot_p95_s": 0.15, "failed_requests": 0},
+    )
+    return [base, half, *batches, load]
 
 
 def test_the_short_answer_is_computed():
@@ -406,6 +414,8 @@ def test_the_short_answer_is_computed():
     assert nothing.iloc[:, 0].tolist() == ["not measured"] * 3
     strict = answers.answers(measured_rows(), "falcon-7b", "a100-40gb", 0.001, 1e-6)
     assert strict.iloc[0, 0].startswith("fp32") and strict.iloc[2, 1] == "nothing is as fast"
+    slow = answers.answers(measured_rows(), "falcon-7b", "a100-40gb", 0.05, 0.2)
+    assert slow.iloc[2, 0].startswith("load-1") and "200 tokens/s at 150 ms" in slow.iloc[2, 0]
     with pytest.raises(ValueError, match="nearest are a100"):
         answers.answers([], "falcon-7b", "a100-48gb", 0.05, 0.1)
 

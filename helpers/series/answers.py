@@ -91,11 +91,11 @@ def _most(own: list[Record], max_token_s: float) -> str:
         if r.sweep == "batch_size" and r.technique == "continuous_batching" and r.tokens_per_s
     ]
     batches += [
-        (r.tokens_per_s, r.details["inter_token_p99_s"], r)
+        (r.tokens_per_s, r.details["tpot_p95_s"], r)
         for r in own
         if r.sweep == "request_rate"
         and r.tokens_per_s
-        and r.details.get("inter_token_p99_s")
+        and r.details.get("tpot_p95_s")
         and not r.details.get("failed_requests")
     ]
     fitting = [found for found in batches if found[1] <= max_token_s]

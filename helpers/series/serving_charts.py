@@ -11,8 +11,12 @@ AXES = {"batch_size": 1, "request_rate": 3}  # of `throughput_latency`: how many
 
 
 def swept(frame: DataFrame) -> DataFrame:
-    """What `throughput_latency` draws: sweeps over batch sizes and over rates of requests."""
-    return frame[frame.sweep.isin(AXES) & (frame.status == "ok")]
+    """What `throughput_latency` draws: sweeps over batch sizes and over rates of requests, these
+    with the share in time.
+    """
+    rows = frame[frame.sweep.isin(AXES) & (frame.status == "ok")]
+    has_share = plots.detail(rows, "in_time_share").notna()
+    return rows[(rows.sweep == "batch_size") | has_share]
 
 
 def batching(frame: DataFrame, title: str = "Throughput of a mixed workload", steps=()) -> Figure:
@@ -73,14 +77,10 @@ def throughput_latency(frame: DataFrame, title: str = "Throughput against latenc
 
 def _draw_batch_sizes(axis, rows: DataFrame) -> None:
     """Milliseconds a token over tokens/s of the whole batch; the same at the bandwidth limit."""
-    rows = rows.assign(transformers=plots.detail(rows, "transformers_tokens_per_s"))
-    for speed in ("tokens_per_s", "transformers", "limit_tokens_per_s"):
-        rows[f"{speed}_ms"] = 1e3 * rows.batch_size / rows[speed]
+    for speed in ("tokens_per_s", "limit_tokens_per_s"):
+        rows = rows.assign(**{f"{speed}_ms": 1e3 * rows.batch_size / rows[speed]})
     dashed = {"ls": "--", "marker": "", "color": plots.GREY}
     plots.curve(axis, rows, "limit_tokens_per_s", "limit_tokens_per_s_ms", "limit", **dashed)
-    plots.curve(
-        axis, rows, "transformers", "transformers_ms", "transformers", marker="o", mfc="white"
-    )
     for engine, group in rows.groupby("engine"):
         plots.curve(axis, group, "tokens_per_s", "tokens_per_s_ms", engine, "batch_size")
     axis.set(xlabel="tokens/s of the whole batch (number: batch size)", ylabel="ms a token")

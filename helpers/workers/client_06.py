@@ -2,7 +2,6 @@
 supervisor, for lesson 06.
 """
 
-import heapq
 import http.client
 import itertools
 import json
@@ -12,9 +11,6 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
-import scipy.stats
 
 from helpers.series import processes
 
@@ -141,89 +137,3 @@ def load(
         env={"OPENAI_API_KEY": key, "VLLM_LOGGING_LEVEL": "ERROR"},
     )
     return {run.name: json.loads((place / f"{run.name}.json").read_text()) for run in runs}
-
-
-class Requests(NamedTuple):
-    """What requests met, an array each; a request that failed is in none.
-
-    first_s : time to first token, from sending. token_s : time per output token, (whole - first) /
-    (tokens - 1), 0 for a single token. whole_s : from sending to the last token.
-    """
-
-    first_s: np.ndarray
-    token_s: np.ndarray
-    whole_s: np.ndarray
-    gaps_s: np.ndarray  # between pieces of text, of all requests
-    failed: int
-
-
-def requests_of(found: dict) -> Requests:
-    """The generator's figures of one run, as vLLM's own goodput takes them."""
-    good = [at for at, error in enumerate(found["errors"]) if not error]
-    first_s, whole_s = (np.array(found[name], float)[good] for name in ("ttfts", "latencies"))
-    steps = np.array(found["output_lens"], float)[good] - 1
-    token_s = np.where(steps > 0, (whole_s - first_s) / np.maximum(steps, 1), 0.0)
-    gaps = itertools.chain.from_iterable(found["itls"][at] for at in good)
-    return Requests(
-        first_s, token_s, whole_s, np.array(list(gaps)), len(found["errors"]) - len(good)
-    )
-
-
-def achieved_rate(found: dict) -> float:
-    """Requests a second that were really sent."""
-    times = found["start_times"]
-    return (len(times) - 1) / (max(times) - min(times))
-
-
-def summary(runs: list[dict], first_limit_s: float, token_limit_s: float) -> dict:
-    """Runs at one rate as details of a record: share of all requests in time with its 95 % interval
-    (Wilson 1927), percentiles, and goodput (Zhong et al. 2024): rate × share.
-
-    A request is in time when its first token and its time per output token keep their limits; one
-    that failed is not. p99 is given from 500 requests on: of fewer it is nearly the largest.
-    """
-    seen = [requests_of(found) for found in runs]
-    count = sum(len(found["errors"]) for found in runs)
-    in_time = []
-    for one in seen:
-        kept = (one.first_s <= first_limit_s) & (one.token_s <= token_limit_s)
-        in_time.append(int(kept.sum()))
-    share = scipy.stats.binomtest(sum(in_time), count).proportion_ci(method="wilson")
-    rate = float(np.mean([achieved_rate(found) for found in runs]))
-    details = {
-        "load_requests": count,
-        "failed_requests": sum(one.failed for one in seen),
-        "achieved_rate_per_s": rate,
-        "in_time_share": sum(in_time) / count,
-        "in_time_low": float(share.low),
-        "in_time_high": float(share.high),
-        "in_time_by_seed": [
-            kept / len(found["errors"]) for kept, found in zip(in_time, runs, strict=True)
-        ],
-        "goodput_per_s": rate * sum(in_time) / count,
-        "objective_ttft_s": first_limit_s,
-        "objective_tpot_s": token_limit_s,
-    }
-    quantities = {"ttft": "first_s", "tpot": "token_s", "e2e": "whole_s", "inter_token": "gaps_s"}
-    percentiles = (50, 95, 99) if count >= 500 else (50, 95)
-    for name, field in quantities.items():
-        values = np.concatenate([getattr(one, field) for one in seen])
-        for percentile in percentiles:
-            value = float(np.percentile(values, percentile)) if len(values) else None
-            details[f"{name}_p{percentile}_s"] = value
-    return details
-
-
-def closed_loop_waits(lengths: list[int], clients: int, slots: int) -> np.ndarray:
-    """Steps that clients wait for a slot, who ask again as soon as they have their answer: a
-    simulation of answers of these lengths, a token a step.
-    """
-    asks, free = [0.0] * clients, [0.0] * slots  # when each asks next, and is free
-    waits = []
-    for length in lengths:
-        asked = heapq.heappop(asks)
-        start = max(asked, heapq.heappop(free))
-        waits.append(start - asked)
-        heapq.heappush(asks, start + length)
-        heapq.heappush(free, start + length)
-    return np.array(waits)

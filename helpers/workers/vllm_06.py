@@ -19,7 +19,8 @@ from IPython.utils.capture import capture_output
 
 from helpers import memory, timing
 from helpers.series import processes
-from helpers.workers.requests_06 import Answer, Run, Shape, Workload
+from helpers.series.serving import Shape
+from helpers.workers.requests_06 import Answer, Run, Workload
 
 # set before vLLM is imported
 ENVIRONMENT = {

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from helpers import models, timing
 from helpers.series import processes
-from helpers.workers import client_06
+from helpers.workers import client_06, vllm_06
 
 REQUESTS, RATE, NEW_TOKENS, ALIKE = 24, 2.0, 24, 0.05
 
@@ -60,9 +60,6 @@ def settings() -> dict:
         "tokenizer": models.resolve(),
         "texts": texts,
         "lengths": [NEW_TOKENS] * REQUESTS,
-        "rates": [RATE],
-        "count": REQUESTS,
-        "seed": 0,
     }
 
 
@@ -89,19 +86,16 @@ def measure() -> list[tuple[str, timing.Ratio]]:
         "8",
         "--no-enable-prefix-caching",
     ]
-    env = {
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-    }
+    env = vllm_06.server_environment() | {"VLLM_CPU_KVCACHE_SPACE": "1"}
     asked, seen = settings(), {}
     with tempfile.TemporaryDirectory() as folder, processes.server(command, env=env) as server:
         relay = relay_to(server.url, server.headers, seen)
         try:
             place = f"http://{processes.HOST}:{relay.server_port}"
-            found = client_06.load(place, "", "base", sys.executable, asked, Path(folder), 200)[
-                RATE
-            ]
+            runs = [client_06.LoadRun("bench", RATE, REQUESTS, 0)]
+            found = client_06.load(
+                place, "", "base", sys.executable, asked, runs, Path(folder), 200
+            )["bench"]
         finally:
             relay.shutdown()
             relay.server_close()
