@@ -149,10 +149,11 @@ def ranks_on(place: str, **fields):
 
 
 def test_claims_about_gpus_need_gpus():
-    identities = ("fsdp-fits", "fsdp-speed", "tp-speed", "tp-over-fsdp")
-    for identity in identities:
+    for identity in ("fsdp-speed", "tp-speed", "tp-over-fsdp"):
         assert verdict_of(identity, ranks_on("gpu"))["direction"] == "confirmed"
         assert verdict_of(identity, ranks_on("cpu"))["direction"] == "not measured"
+    for identity in ("fsdp-part", "fsdp-fits"):  # memory is what it is on any device
+        assert verdict_of(identity, ranks_on("cpu"))["direction"] == "confirmed"
     assert verdict_of("falcon-degrees", [])["direction"] == "confirmed"  # its configuration says it
 
 
