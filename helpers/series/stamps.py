@@ -1,8 +1,8 @@
 """Do the outputs in a notebook belong to its code as it stands? A stamp says what produced them.
 
 A stamp hashes the code cells (bootstrap and parameters apart) and the syntax trees of what
-measured: the kit's measuring modules and the lesson's workers. Comments, docstrings and formatting
-are not part of it.
+measured: the kit's measuring modules, the lesson's workers and what starts them. Comments,
+docstrings and formatting are not part of it.
 """
 
 import ast
@@ -53,12 +53,12 @@ def _syntax(path: Path) -> str:
 
 
 def measuring_hash(name: str) -> str:
-    """SHA-256 over what measures in the notebook `name`: the kit, and the workers that bear the
-    number of its lesson.
+    """SHA-256 over what measures in the notebook `name`: the kit, and the workers, and what starts
+    them, that bear the number of its lesson.
     """
     number = re.match(r"\d+", name)[0]
     paths = [HELPERS / f"{module}.py" for module in MEASURING]
-    paths += sorted((HELPERS / "workers").glob(f"*_{number}*.py"))
+    paths += sorted(HELPERS.glob(f"*/*_{number}*.py"))
     trees = [_syntax(path) for path in paths]
     return hashlib.sha256("\0".join(trees).encode()).hexdigest()
 

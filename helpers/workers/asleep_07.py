@@ -1,4 +1,4 @@
-"""The far end of `launch_07.Ranks`: a process says that it is ready, then answers line by line.
+"""The far end of `launches_07.Ranks`: a process says that it is ready, then answers line by line.
 
 Of the standard library alone, since vLLM's worker may run in another environment.
 """

@@ -4,6 +4,7 @@ torchrun starts a script of the lesson, once a rank, and the script hands its `l
 as a script, this file loads the whole model: `torchrun --nproc-per-node 1 ranks_07.py JOB.json`.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -40,19 +41,27 @@ def own_bytes(model) -> int:
     return sum({p.data_ptr(): p.nbytes for p in parts if p.device.type != "meta"}.values())
 
 
-def limit_memory(nbytes: float, path: str, device: str) -> None:
-    """Let this rank take no more than a device of `nbytes` has, beyond what it holds now.
+@contextlib.contextmanager
+def limited(nbytes: float, path: str, device: str):
+    """Within it this rank takes no more than a device of `nbytes` has, beyond what it holds now; 0:
+    what there is.
 
-    A CPU rank gets the size of the checkpoint's files on top: mapping them takes address space.
+    On a CPU the limit is on address space, and twice the size of the checkpoint's files comes on
+    top, since libraries map them more than once. It ends with the block: in timed runs the
+    allocator keeps what was freed, and a profiler what it saw.
     """
-    if device.startswith("cuda"):
+    if nbytes and device.startswith("cuda"):
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total), device)
-        return
-    files = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
-    limit = memory.status_bytes("VmData") + files + round(nbytes)
-    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    if nbytes and device == "cpu":
+        files = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+        limit = memory.status_bytes("VmData") + 2 * files + round(nbytes)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def communication(call: Callable[[], timing.Generation]) -> dict:
@@ -140,9 +149,8 @@ def serve(job: dict, rank: int, device: str, load: Callable) -> None:
     def call(model) -> timing.Generation:
         return timing.generate(model, prompt, job["new_tokens"])
 
-    if job["rank_bytes"]:
-        limit_memory(job["rank_bytes"], job["path"], device)
-    peak = memory.peak_of(timing.Variant(load_once, call), device)
+    with limited(job["rank_bytes"], job["path"], device):
+        peak = memory.peak_of(timing.Variant(load_once, call), device)
     model = loaded[0]
     print(f"{own_bytes(model) / 1e6:.0f} MB of weights here", flush=True)
     before = loopback_bytes(), disk_bytes()

@@ -24,7 +24,7 @@ import torch
 from helpers import machine, memory, quality, results, timing
 from helpers.series import processes
 
-WORKERS = Path(__file__).parent
+WORKERS = Path(__file__).parent.parent / "workers"
 WHOLE = WORKERS / "ranks_07.py"  # a rank with the whole model
 OFFLOAD = WORKERS / "offload_07.py"  # a rank with every second layer on disk
 IDLE_S = 1.2  # after which vLLM's workers sleep: until 1 s after a step they spin on their cores
@@ -335,7 +335,7 @@ class Jobs:
             room = self.room(ranks)
             if need > room:
                 raise MemoryError(
-                    f"a rank needs {need / 1e9:.1f} GB, {room / 1e9:.1f} GB are there"
+                    f"a rank needs {need / 1e9:.2f} GB, {room / 1e9:.2f} GB are there"
                 )
             group = self.agents(script, nodes) if nodes else self.torchrun(script, ranks)
             if name not in self.facts:
@@ -471,7 +471,7 @@ _alone = tempfile.TemporaryDirectory(prefix="helpers-alone-")
 def cause(error: processes.ServingError) -> Exception:
     """What ended a launch, as the exception that one process would have raised."""
     text = str(error)
-    if re.search(r"MemoryError|can't allocate memory|out of memory", text):
+    if re.search(r"MemoryError|(can't|[Cc]annot) allocate memory|out of memory", text):
         return MemoryError(f"out of memory: {reason(error)}")
     if re.search(r"NotImplementedError|ImportError|ModuleNotFoundError", text):
         return NotImplementedError(reason(error))
@@ -479,9 +479,15 @@ def cause(error: processes.ServingError) -> Exception:
 
 
 def reason(error: Exception) -> str:
-    """The first error that a failed launch named, without paths; else how the launch ended."""
-    named = re.search(r"\w*(?:Error|Exception): ([^\n]+)", str(error))
-    sentence = named[1] if named else str(error).splitlines()[0]
+    """The first error that a failed launch named, and its rank, without paths; else how the launch
+    ended.
+    """
+    outcome, _, lines = str(error).partition("\n")
+    sentence = outcome.removesuffix("; its last lines:")
+    named = re.search(r"\w*(?:Error|Exception): ([^\n]+)", lines)
+    if named:
+        rank = re.match(r"rank \d+", outcome)
+        sentence = f"{rank[0]}: {named[1]}" if rank else named[1]
     return re.sub(r"/\S+/", "", sentence).strip().rstrip(".")
 
 
