@@ -39,12 +39,20 @@ def native_type(device: str) -> torch.dtype:
 
 
 def linear_layers(model) -> dict[str, torch.nn.Linear]:
-    """Every linear layer by name, the output head left out."""
+    """Every linear layer by name, the output head left out.
+
+    Raises NotImplementedError for a model without any (GPT-2 has layers of its own).
+    """
     head = model.get_output_embeddings()
     layers = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and module is not head:
             layers[name] = module
+    if not layers:
+        raise NotImplementedError(
+            f"{type(model).__name__} has no torch.nn.Linear beside its head: adapters made by hand "
+            "need one."
+        )
     return layers
 
 
