@@ -4,6 +4,7 @@ it won back. For lessons that tune (adapters, pruning).
 
 import contextlib
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -38,12 +39,20 @@ def native_type(device: str) -> torch.dtype:
 
 
 def linear_layers(model) -> dict[str, torch.nn.Linear]:
-    """Every linear layer by name, the output head left out."""
+    """Every linear layer by name, the output head left out.
+
+    Raises NotImplementedError for a model without any (GPT-2 has layers of its own).
+    """
     head = model.get_output_embeddings()
     layers = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and module is not head:
             layers[name] = module
+    if not layers:
+        raise NotImplementedError(
+            f"{type(model).__name__} has no torch.nn.Linear beside its head: adapters made by hand "
+            "need one."
+        )
     return layers
 
 
@@ -298,8 +307,8 @@ def judge_recovery(
     if not {name, tuned, hurt, base} <= scored.keys():
         return
     left = loss_ratio((scored[name], scored[tuned]), (scored[hurt], scored[base]))
-    if left.value != left.value:
-        print(f"{name}: {hurt} lost nothing, so there is nothing to win back")
+    if math.isnan(left.value):
+        print(f"{name}: {hurt} lost nothing that these texts can tell, nothing to win back")
         return
     details = {"loss_left_share": left.value, "recovered_beyond_domain_share": 1 - left.value}
     lesson.add(name, details=details | {"loss_left_share_ci95": list(left[1:])})
@@ -311,14 +320,15 @@ def loss_ratio(after: Sequence[quality.Quality], before: Sequence[quality.Qualit
     """What a change costs after tuning over what it costs before, each as (changed, unchanged).
 
     Counting against the unchanged, untuned model would book the domain's gain as recovery. The
-    interval is Student's t on the windows' residuals (of a ratio, linearized). NaN where the change
-    cost nothing before.
+    interval is Student's t on the windows' residuals (of a ratio, linearized). NaN where the
+    interval of what the change cost before reaches down to zero: a share of it would mean nothing.
     """
     cost_after = after[0].nll_windows - after[1].nll_windows
     cost_before = before[0].nll_windows - before[1].nll_windows
     mean = float(cost_before.mean())
-    if mean <= 0:
-        return Ratio(float("nan"), None, None)
+    least, _ = quality.interval(cost_before) or (mean, mean)
+    if least <= 0:
+        return Ratio(math.nan, None, None)
     value = float(cost_after.mean()) / mean
     ends = quality.interval(cost_after - value * cost_before)
     if ends is None:
