@@ -3,7 +3,6 @@ goes, GGUF read back; rounding rules of its deeper notebooks.
 """
 
 import copy
-import functools
 import os
 
 import gguf

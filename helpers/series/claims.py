@@ -23,12 +23,10 @@ from helpers.series import planner
 
 DATA = Path(__file__).parent.parent / "data"
 ALIKE = 0.05  # two things are alike, or a size is met, within this share
-HOLDS, FAILS, OPEN, UNTESTED = (
-    "holds here",
-    "does not hold here",
-    "undecided",
-    "not testable here",
-)
+HOLDS = "holds here"
+FAILS = "does not hold here"
+OPEN = "undecided"
+UNTESTED = "not testable here"
 VERDICTS = [HOLDS, FAILS, OPEN, UNTESTED]
 
 

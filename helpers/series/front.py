@@ -145,7 +145,7 @@ def _footnote(rows: pd.DataFrame) -> str:
     against = ", ".join(["Each against the first row of its lesson", *named])
     text = (
         f"{against}. Speed: tokens/s with 95 % interval, log axis. Memory: peak while running, "
-        "above the start. Perplexity: its change; unchanged: none measurable; red: measurably worse."
+        "above the start. Perplexity: change; unchanged: none measurable; red: measurably worse."
     )
     return textwrap.fill(text, 92)
 
