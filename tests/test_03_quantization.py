@@ -339,7 +339,7 @@ def test_a_file_without_room_is_refused_before_it_is_made(tmp_path):
 def test_rows_are_paired_within_each_head():
     weight = torch.arange(12).reshape(12, 1).numpy()
     paired = gguf_03.pair_rows(weight, 2).flatten().tolist()
-    assert paired == [0, 3, 1, 4, 2, 5] + [6, 9, 7, 10, 8, 11]
+    assert paired == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
 
 
 def change(one, other) -> float:

@@ -217,6 +217,26 @@ def test_throughput_may_compare_engines_and_speed_may_not():
     assert claims.RATIOS["speed"](rows[3], rows[1]) is None
 
 
+def test_of_several_rivals_the_fastest_counts():
+    def quantized(name: str, latency: list[float]):
+        speed = 10 / latency[0]
+        return variant(
+            latency, 600, technique="quantization", id=name, variant=name, tokens_per_s=speed
+        )
+
+    nf4 = quantized("nf4", [1.5, 1.515, 1.485])
+    slow, fast = quantized("fp16", [1.8, 1.82, 1.79]), quantized("bf16", [1.2, 1.21, 1.19])
+    assert verdict_of("nf4-speed", [slow, nf4])["direction"] == "confirmed"
+    assert verdict_of("nf4-speed", [slow, fast, nf4])["direction"] == "refuted"
+
+
+@pytest.mark.parametrize(("peak", "said"), [(560, "confirmed"), (720, "refuted")])
+def test_half_the_memory_is_half_and_not_only_less(peak, said):
+    of = {"technique": "quantization"}
+    rows = [a_record(**BASE | of), variant([1.5] * 3, peak, **of, id="int8", variant="int8")]
+    assert verdict_of("int8-memory", rows)["direction"] == said
+
+
 def test_throughput_counts_work_not_runs():
     one = a_record(
         technique="continuous_batching", tokens_per_s=10, latency_s=[1.0, 1.0, 1.0]
@@ -435,3 +455,11 @@ def test_a_caption_tells_the_conditions_of_the_rows_drawn():
     assert report.caption({"here": place}, "Predicted.", predicted) == "Predicted."
     published = predicted.assign(source="a paper")
     assert report.caption({"here": place}, "P.", published).endswith("not measured here: a paper.")
+
+
+def test_double_quantization_without_a_row_is_taken_to_lose_what_nf4_does():
+    nf4 = a_record(
+        technique="quantization", id="nf4", variant="nf4", baseline="fp32", nll_delta=0.01
+    )
+    found = answers.answers([*measured_rows(), nf4], "falcon-7b", "a100-40gb", 0.05, 0.1)
+    assert found.iloc[0, 1].startswith("nf4-dq")

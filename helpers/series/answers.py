@@ -113,6 +113,8 @@ def _planned(
     """
     by_id = {record.id: record for record in own}
     measured = {name: loss(by_id[row]) for name, row in MEASURED.items() if row in by_id}
+    # only the scales are stored otherwise; where bitsandbytes undoes it, it has no row of its own
+    measured.setdefault("nf4-dq", measured.get("nf4"))
     known = {name: share for name, share in measured.items() if share is not None}
     lost = {"fp32": 0.0} | {name: share for name, share in known.items() if share <= max_loss}
     device, shape, found = planner.gpu(gpu), planner.describe(model), []

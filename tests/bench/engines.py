@@ -6,7 +6,6 @@ from one run.
 3. llama.cpp's float32 decode over the bandwidth limit measured between the rounds.
 """
 
-import functools
 import sys
 import tempfile
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 
 from helpers import limits, machine, memory, models, timing
 from helpers.series import anatomy, run
+from helpers.workers import engines_03_client, gguf_03
 
 PROMPT, NEW_TOKENS, PAIRS = "I am so fast that I can", 50, 6
 
@@ -45,12 +45,10 @@ def measure() -> list[tuple[str, timing.Ratio, float]]:
         try:
             for bits in ("f32", "q8", "q4"):
                 path = Path(folder) / f"{bits}.gguf"
-                codes = lesson["gguf_03"].pack(
-                    net, functools.partial(lesson["gguf_type"], bits=bits)
-                )
-                lesson["gguf_03"].write(codes, net, path, ids)
+                codes = gguf_03.pack(net, lesson["type_of"](f"llamacpp-{bits}"))
+                gguf_03.write(codes, net, path, ids)
                 memory.touch(path)
-                workers[bits] = lesson["Worker"](
+                workers[bits] = engines_03_client.Worker(
                     "llamacpp", path, machine.cores(), ids.shape[1] + NEW_TOKENS
                 )
             variants = {bits: through(bits) for bits in workers}
