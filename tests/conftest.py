@@ -39,8 +39,8 @@ class Ran:
 
 @pytest.fixture(scope="session")
 def run_lesson(tmp_path_factory):
-    """run_lesson("NN_name", **parameters) -> Ran: executed once a session, small numbers, own
-    folder.
+    """run_lesson("NN_name" or "deeper/NN_name", **parameters) -> Ran: executed once a session, small
+    numbers, own folder.
     """
     done = {}
 
@@ -49,15 +49,15 @@ def run_lesson(tmp_path_factory):
         given = run.smoke_parameters(notebook) | parameters
         key = (name, json.dumps(parameters, sort_keys=True))
         if key not in done:
-            folder = tmp_path_factory.mktemp(name)
+            folder = tmp_path_factory.mktemp(notebook.stem)
             given["RESULTS_DIR"] = str(folder / "results")
             given["FIGURES_DIR"] = str(folder / "figures")
             os.environ["SEVEN_PROFILE"] = "smoke"
             try:
-                run.execute(notebook, folder / f"{name}.ipynb", given)
+                run.execute(notebook, folder / notebook.name, given)
             finally:
                 del os.environ["SEVEN_PROFILE"]
-            file = results.read(next((folder / "results").glob(f"*/*/smoke/{name}.json")))
+            file = results.read(next((folder / "results").glob(f"*/*/smoke/{notebook.stem}.json")))
             assert results.undeclared_details(file.records) == []
             done[key] = Ran(file.records, file.run, folder)
         return done[key]
