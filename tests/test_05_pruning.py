@@ -412,3 +412,46 @@ def test_on_a_real_model_wanda_beats_magnitude(run_lesson):
     by_id = {record.id: record for record in run_lesson(LESSON).records}
     assert by_id["wanda-50"].perplexity < by_id["magnitude-50"].perplexity
     assert by_id["dense"].perplexity < by_id["wanda-50"].perplexity
+
+
+@pytest.mark.slow
+def test_what_is_cut_and_healed_has_its_rows(run_lesson):
+    by_id = {record.id: record for record in run_lesson("deeper/05_recovery").records}
+    assert {record.technique for record in by_id.values()} == {"pruning"}
+    assert not [record.id for record in by_id.values() if record.status == "failed"]
+    spared = by_id["structured-20-ends-spared"]
+    assert spared.sweep == "ends" and spared.perplexity and spared.tokens_per_s is None
+    dense = by_id["dense"].weight_bytes
+    for base in ("structured-20", "layers-20"):
+        healed = by_id[f"{base}-lora"]
+        assert healed.weight_bytes == by_id[base].weight_bytes < dense  # the adapters are merged in
+        assert healed.details["train_tokens"] == by_id["dense-lora"].details["train_tokens"]
+        in_engine = by_id[f"llamacpp-{base}"]
+        assert in_engine.engine == "llama.cpp" and in_engine.baseline == "llamacpp-dense"
+        assert in_engine.weight_bytes < by_id["llamacpp-dense"].weight_bytes
+
+
+@pytest.mark.slow
+def test_a_matrix_kernel_has_seconds_and_no_tokens(run_lesson):
+    rows = {record.id: record for record in run_lesson("deeper/05_sparsity").records}
+    kernels = [record for record in rows.values() if record.sweep == "storage"]
+    assert len(kernels) == 12
+    for record in kernels:
+        assert record.tokens_per_s is None and record.new_tokens is None
+        assert (record.status == "ok") == bool(record.latency_s and record.weight_bytes)
+        dense = f"dense-storage-{record.details['input_rows']}"
+        assert record.baseline == (None if record.variant == dense else dense)
+    half = rows["csr-50-storage-1"].weight_bytes / rows["dense-storage-1"].weight_bytes
+    assert half == pytest.approx(1.0, abs=0.08)
+    if rows["dense"].device == "cpu":
+        assert rows["2:4-storage-1"].status == "unsupported" and rows["2:4-storage-1"].reason
+
+
+@pytest.mark.slow
+def test_wanda_zeroes_the_same_places_on_the_twin_and_magnitude_does_not(run_lesson):
+    rows = {record.id: record for record in run_lesson("deeper/05_sparsity").records}
+    assert rows["wanda-50-twin"].details["same_places_share"] > 0.99
+    assert rows["magnitude-50-twin"].details["same_places_share"] < 0.98
+    for name in ("wanda-50", "sparsegpt-50", "wanda-2:4", "wanda-50-other-text"):
+        assert rows[name].sweep == "sparsity" and rows[name].perplexity
+        assert rows[name].details["zero_share"] == pytest.approx(0.5, abs=2e-3)
