@@ -170,7 +170,7 @@ def test_batching_draws_steps_in_order_and_the_rest_below():
 def test_a_server_is_drawn_by_batch_size_and_by_rate():
     figure = serving_charts.throughput_latency(frame(*batches()))
     assert len(figure.axes) == 4
-    assert {"16", "p95\n", "objective", "capacity", "1 failed"} <= texts(figure)
+    assert {"16", "p95", "objective", "capacity", "1 failed"} <= texts(figure)
     labels = [axis.get_ylabel() for axis in figure.axes]
     assert labels[1:] == ["first token (s)", "s per output token", "share in time, 95 %"]
     only = [row for row in batches() if row.sweep == "batch_size"]

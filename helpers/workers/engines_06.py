@@ -4,8 +4,7 @@
     python engines_06.py llamacpp FILE.gguf THREADS SLOTS TOKENS
 
 A request is a line on its input, [prompts, lengths]; the answer is a line of JSON. It ends with its
-input. `engines_06_client.py` is the other end. vLLM as it comes, for comparison, is run once:
-`python engines_06.py vllm JOB.json`.
+input. `engines_06_client.py` is the other end.
 """
 
 import http.client
@@ -16,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 
 def openvino(path: str, threads: int, slots: int, tokens: int) -> tuple[Callable, str]:
@@ -111,28 +109,7 @@ def llamacpp(path: str, threads: int, slots: int, tokens: int) -> tuple[Callable
     return generate, "Q4_1 weights, activations q8_1, KV cache f16"  # its defaults on a CPU
 
 
-def vllm(job: str) -> None:
-    """vLLM with its own settings for processes and cores: seconds of each of some equal batches,
-    left in a file.
-    """
-    from vllm import LLM, SamplingParams
-
-    told = json.loads(Path(job).read_text())
-    llm = LLM(told["model"], **told["options"])
-    wanted = SamplingParams(
-        temperature=0, max_tokens=told["new_tokens"], ignore_eos=True, detokenize=False
-    )
-    taken = []
-    for _ in range(told["repeats"] + 1):  # the first warms up
-        start = time.perf_counter()
-        llm.generate([{"prompt_token_ids": p} for p in told["prompts"]], wanted, use_tqdm=False)
-        taken.append(time.perf_counter() - start)
-    Path(told["result"]).write_text(json.dumps(taken))
-
-
 def main(engine: str, *words: str) -> None:
-    if engine == "vllm":
-        return vllm(*words)
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # the engine's own lines go elsewhere
     generate, precision = {"openvino": openvino, "llamacpp": llamacpp}[engine](
@@ -143,5 +120,5 @@ def main(engine: str, *words: str) -> None:
         print(json.dumps(generate(*json.loads(line))), file=out, flush=True)
 
 
-if __name__ == "__main__":  # vLLM imports this file again in its own process
+if __name__ == "__main__":
     main(*sys.argv[1:])
