@@ -101,7 +101,7 @@ def sequences(text: Text, tokenizer, length: int, count: int, seed: int = 0) -> 
 
 
 def prose() -> Text:
-    """Plain English that is about no program: the GNU General Public License, which numpy's wheels
+    """English of another kind, a licence's: the GNU General Public License, which numpy's wheels
     carry for a library in them.
 
     Raises FileNotFoundError where this numpy has no such file.
