@@ -1,4 +1,4 @@
-"""A rank of lesson 07: load this rank's part of the model, measure it, answer until the lesson ends.
+"""A rank of lesson 07: load its part of the model, measure it, answer until the lesson ends.
 
 torchrun starts a script of the lesson, once a rank, and the script hands its `load` to `main`. Run
 as a script, this file loads the whole model: `torchrun --nproc-per-node 1 ranks_07.py JOB.json`.
