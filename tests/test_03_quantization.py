@@ -10,6 +10,9 @@ import psutil
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -480,6 +483,36 @@ def check_records(found, twin: bool):
 def test_lesson_runs_on_other_architectures(run_lesson, request, model):
     found = run_lesson(LESSON, MODEL=request.getfixturevalue(model))
     check_records(found, twin=False)
+
+
+SIZES = {"vocab_size": 49152, "max_position_embeddings": 512, "hidden_size": 64}
+DEEP = {"num_hidden_layers": 2, "num_attention_heads": 4}
+LAYERS = {
+    "qwen2": {"intermediate_size": 128, "num_key_value_heads": 2},
+    "gemma": {"intermediate_size": 128, "num_key_value_heads": 2, "head_dim": 16},
+    "phi3": {"intermediate_size": 128, "num_key_value_heads": 2},
+    "gpt2": {},
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LAYERS)
+def test_each_architecture_has_its_rows(run_lesson, tmp_path, kind):
+    """As far as a scheme goes; where it does not, a row with its reason."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SIZES, **DEEP, **LAYERS[kind])
+    AutoModelForCausalLM.from_config(config).eval().save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(models.default_folder()).save_pretrained(tmp_path)
+    found = run_lesson(LESSON, MODEL=str(tmp_path))
+    rows = by_variant(found)
+    assert {*TORCH, *LADDER} <= set(rows)
+    assert [r.reason for r in found.records if r.status == "failed"] == []
+    for name in TORCH:
+        assert rows[name].status == "ok", rows[name].reason
+        assert rows[name].nll_delta is not None or name == "fp32"
+    for name in LADDER:
+        assert rows[name].status == "unsupported" and "GGUF" in rows[name].reason
 
 
 def test_lesson_on_the_default_model(run_lesson):

@@ -1,5 +1,5 @@
-"""A transformers model as a GGUF file, for lesson 03: header, tensors under llama.cpp's names, their
-bytes before it is written, and the way back.
+"""A transformers model as a GGUF file, for lesson 03: header, tensors under llama.cpp's names,
+their bytes before it is written, and the way back.
 
 Which type each tensor gets is the caller's choice: that is the quantization, and it stands in the
 lesson.
