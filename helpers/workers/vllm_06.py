@@ -20,7 +20,7 @@ from IPython.utils.capture import capture_output
 from helpers import memory, timing
 from helpers.series import processes
 from helpers.series.serving import Shape
-from helpers.workers.requests_06 import Answer, Run, Workload
+from helpers.workers.requests_06 import Answer, Run
 
 # set before vLLM is imported
 ENVIRONMENT = {
@@ -298,17 +298,3 @@ def cache_use(steps: Steps, nbytes: int) -> dict[str, int]:
         "kv_used_peak_bytes": round(max(steps.cache_share) * nbytes),
         "kv_used_mean_bytes": round(sum(steps.cache_share) / len(steps.cache_share) * nbytes),
     }
-
-
-def acceptance(llm, workload: Workload) -> float:
-    """Guesses kept in a step of speculative decoding, of an engine that keeps statistics."""
-
-    def counted() -> tuple[int, int]:
-        values = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
-        kept = values.get("vllm:spec_decode_num_accepted_tokens", 0)
-        return kept, values.get("vllm:spec_decode_num_drafts", 0)
-
-    kept, drafts = counted()
-    step_through(llm, *workload)
-    kept_after, drafts_after = counted()
-    return (kept_after - kept) / max(1, drafts_after - drafts)
