@@ -116,11 +116,13 @@ def test_training_is_equal_and_its_memory_is_as_predicted_in_order(records):
     peaks = [details[name]["train_peak_bytes"] for name in ("qlora", "lora", "full")]
     assert peaks == sorted(peaks)
     everything = details["full"]["trainable_parameters"]
-    assert details["full"]["train_peak_bytes"] > 16 * everything > 2 * peaks[1]
+    assert (
+        details["full"]["train_peak_bytes"] > 16 * everything > details["lora"]["train_peak_bytes"]
+    )
 
 
 def test_trained_numbers_are_those_that_the_planner_counts(records):
-    model = planner.describe(models.default_folder())
+    model = planner.describe(models.resolve("auto"))
     numbers = {name: records[name].details["trainable_parameters"] for name in TRAINED}
     assert numbers["full"] == planner.parameters(model)["total"]
     assert numbers["lora"] == numbers["qlora"] == tuning.lora_numbers(model, rank=8)
@@ -384,13 +386,14 @@ def test_a_part_can_learn_at_a_multiple_of_the_rate(tiny_llama):
 def test_what_is_labelled_out_is_not_learnt(tiny_llama):
     model = models.load(tiny_llama)
     ids = some_ids()
-    labels = ids.clone()
-    labels[:, :8] = -100
+    labels = torch.full_like(ids, -100)
+    labels[0, -1] = ids[0, -1]  # one token is learnt
     with torch.no_grad():
-        logits = model(ids).logits[:, 7:-1].flatten(0, 1)
-        answers = torch.nn.functional.cross_entropy(logits, ids[:, 8:].flatten()).item()
-        assert tuning.loss_of(model, ids, labels).item() == pytest.approx(answers, rel=0.02)
-        assert tuning.loss_of(model, ids).item() != pytest.approx(answers, rel=1e-4)
+        logits = model(ids).logits[0, -2]
+        last = torch.nn.functional.cross_entropy(logits, ids[0, -1]).item()
+        learnt = tuning.loss_of(model, ids, labels).item()
+        of_all = tuning.loss_of(model, ids).item()
+    assert abs(learnt - last) < 0.1 * abs(of_all - last)
 
 
 def test_training_memory_is_what_training_took(tiny_llama):
