@@ -166,7 +166,6 @@ def ranks_on(place: str, **fields):
                 weight_bytes=538_000_000 // n,
                 speedup=1.0 + n,
                 speedup_ci95=(0.9 + n, 1.1 + n),
-                weight_bytes=538_000_000 // n,
                 tokens_per_s=9 * n,
                 details={
                     "ranks_on": place,
