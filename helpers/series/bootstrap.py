@@ -4,6 +4,7 @@ The cell runs this file by its path, before `helpers` can be imported: nothing b
 library is imported at the top, and nothing of `helpers` at all.
 """
 
+import contextlib
 import importlib
 import logging
 import os
@@ -66,6 +67,8 @@ def start(project: Path, source: str = "") -> None:
     print(f"{PACKAGE}: {origin}" + "".join(f"; passed over: {other}" for other in others))
     if may_install:
         install_missing(project)
+    with contextlib.suppress(ImportError):  # tables show their notes and verdicts whole
+        importlib.import_module("pandas").set_option("display.max_colwidth", None)
 
 
 def is_installed(project: Path) -> bool:
