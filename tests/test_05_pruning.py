@@ -387,7 +387,8 @@ def records(request, run_lesson):
 
 def test_the_lesson_finds(records):
     names = [name for name in PLAIN if name in records]
-    assert list(records) == names + PRUNED
+    in_16 = ["structured-20-fp16"] if "dense-fp16" in records else []
+    assert list(records) == names + PRUNED + in_16
     for record in records.values():
         assert record.sweep is None and record.status == "ok"
         assert record.perplexity and record.peak_bytes and record.tokens_per_s
@@ -399,6 +400,8 @@ def test_the_lesson_finds(records):
     assert records["structured-20"].details["removed_share"] > 0.02
     if "dense-fp16" in records:
         assert records["dense-fp16"].weight_bytes == dense / 2
+        cut = records["structured-20"].weight_bytes
+        assert records["structured-20-fp16"].weight_bytes == cut / 2
     assert records["dense-nf4"].weight_bytes < dense / 2
 
 
