@@ -296,7 +296,10 @@ def _picture(place: Found, text: str) -> str:
 def readme_parts(place: Found | None) -> dict[str, str]:
     """README's generated parts, in Markdown, by the name of their marks."""
     rows = front.picks(place.records) if place else pd.DataFrame(columns=["technique"])
-    deeper = [f"- {_entry(path)}" for path in stamps.notebooks(deeper=True)]
+    deeper = []
+    for path in stamps.notebooks(deeper=True):
+        state = "" if stamps.is_stamped(path) else " *(no reference run yet)*"
+        deeper.append(f"- {_entry(path)}{state}")
     parts = {"lessons": _lesson_table(rows), "deeper": "\n".join(deeper)}
     parts["stamps"] = _stamp_sentence()
     if place is None:

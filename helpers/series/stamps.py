@@ -63,6 +63,11 @@ def measuring_hash(name: str) -> str:
     return hashlib.sha256("\0".join(trees).encode()).hexdigest()
 
 
+def is_stamped(path: Path) -> bool:
+    """Does this notebook show the outputs of a reference run?"""
+    return "stamp" in nbformat.read(path, 4).metadata
+
+
 def is_stale(path: Path) -> bool:
     """Does this notebook show outputs of another state of its code, or of what measures?"""
     notebook = nbformat.read(path, 4)
