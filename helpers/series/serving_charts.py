@@ -46,7 +46,7 @@ def batching(frame: DataFrame, title: str = "Throughput of a mixed workload", st
 
 def _step(axis, before: pd.Series, after: pd.Series, change: str, x: float) -> None:
     """An arrow from a row to the next, with the factor between them: paired where it was."""
-    factor = after.tokens_per_s / before.tokens_per_s
+    factor = after.details.get(f"{change}_factor", after.tokens_per_s / before.tokens_per_s)
     if after.baseline == before.name:
         factor = after.speedup
     if not pd.isna(factor):
