@@ -430,7 +430,8 @@ def test_the_short_answer_is_computed():
     assert least.startswith("fp16") and "+1.1% perplexity" in least and single.startswith("fp16")
     assert most.startswith("batch-16")
     planned = found.iloc[:, 1]
-    assert planned.iloc[0].startswith("fp16: 14.") and "batches of" in planned.iloc[2]
+    assert planned.iloc[0].startswith("q4_K_M: 4.6 GB")  # a published loss, no small model's
+    assert planned.iloc[1].startswith("fp16: 14.") and "batches of" in planned.iloc[2]
     nothing = answers.answers([], "falcon-7b", "a100-40gb", 0.05, 0.1)
     assert nothing.iloc[:, 0].tolist() == ["not measured"] * 3
     strict = answers.answers(measured_rows(), "falcon-7b", "a100-40gb", 0.001, 1e-6)
@@ -439,6 +440,14 @@ def test_the_short_answer_is_computed():
     assert slow.iloc[2, 0].startswith("load-1") and "200 tokens/s at 150 ms" in slow.iloc[2, 0]
     with pytest.raises(ValueError, match="nearest are a100"):
         answers.answers([], "falcon-7b", "a100-48gb", 0.05, 0.1)
+
+
+def test_the_fastest_is_by_speeds_that_were_published():
+    fp16 = measured_rows()[1]
+    int8 = fp16.model_copy(update={"id": "int8", "variant": "int8"})
+    rows = [*measured_rows(), int8]  # by its bytes int8 would be twice as fast as 16 bits
+    found = answers.answers(rows, "falcon-7b", "a100-40gb", 0.05, 0.1)
+    assert found.iloc[1, 1].startswith("fp16")
 
 
 def test_a_caption_tells_the_conditions_of_the_rows_drawn():

@@ -10,6 +10,7 @@ import difflib
 import functools
 import json
 import math
+import re
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,8 @@ from transformers.pytorch_utils import Conv1D
 from helpers import limits, models
 
 CONFIGS = Path(__file__).parent.parent / "data" / "configs"
+# what llama.cpp's mixes give more bits in half of the layers: attn_v and ffn_down
+FAVOURED = re.compile(r"\b(v_proj|down_proj)\b")
 
 
 class Engine(NamedTuple):
@@ -38,10 +41,25 @@ class Engine(NamedTuple):
     transient_copies: int = 1  # 16-bit copies of the largest quantized tensor alive at once
     loads_in_16_bit: bool = False  # the whole model, before any of it is quantized
     rounds: bool = True  # allocates as PyTorch does
+    chunk: float = math.inf  # prompt tokens that go through the model at once, all sequences
+    share: float = 1.0  # of a card's memory that it takes, whatever the model needs
+    repeats_heads: bool = False  # keys and values on every GPU where there are fewer heads
+    by_layers: bool = False  # several GPUs hold whole layers, unless one asks for more
+    eager: bool = False  # a kernel launch for each operation, from Python
+    kv_bytes: tuple[tuple[int, float], ...] = ()  # bits of a quantized cache: bytes a number
 
 
 ENGINES = {
-    "transformers": Engine(expands_cache="falcon"),
+    "transformers": Engine(expands_cache="falcon", eager=True),
+    # its defaults (0.32): 92 % of the card, 8,192 tokens a step (16,384 or 2,048 on some cards);
+    # FP8 is a byte, NVFP4 4 bits and a byte for each 16 numbers. CUDA graphs are not counted.
+    "vllm": Engine(
+        transient_copies=0,
+        chunk=8192,
+        share=0.92,
+        repeats_heads=True,
+        kv_bytes=((8, 1), (4, 9 / 16)),
+    ),
     # LitGPT quantizes from fp16: in prefill the head is an fp16 copy and its bf16 cast; loading
     # int8 costs as much.
     "litgpt": Engine(
@@ -51,10 +69,19 @@ ENGINES = {
         shards_vocabulary=False,
         sequential_cache_item=4,
         transient_copies=2,
+        eager=True,
     ),
-    "lit-llama": Engine(unties=True, quantizes_head=True, loads_in_16_bit=True),
+    "lit-llama": Engine(unties=True, quantizes_head=True, loads_in_16_bit=True, eager=True),
     "gpt-fast": Engine(quantizes_head=True, transient_copies=0),
-    "llama.cpp": Engine(quantizes_head=True, transient_copies=0, rounds=False),
+    # n_ubatch 512; its cache types q8_0 and q4_0 are blocks of 32
+    "llama.cpp": Engine(
+        quantizes_head=True,
+        transient_copies=0,
+        rounds=False,
+        by_layers=True,
+        chunk=512,
+        kv_bytes=((8, 34 / 32), (4, 18 / 32)),
+    ),
 }
 
 
@@ -63,12 +90,15 @@ class Technique(NamedTuple):
     whole row.
 
     item: bytes of a value that is not quantized, cached or passed between layers; engine: the one
-    meant.
+    meant; better: the blocks of the tensors that llama.cpp's mixes favour, where they do;
+    only_experts: a model with experts keeps the rest as it is.
     """
 
     parts: tuple[tuple[int, int], ...]
     item: int = 2
     engine: str = "transformers"
+    better: tuple[tuple[int, int], ...] = ()
+    only_experts: bool = False
 
     @property
     def quantized(self) -> bool:
@@ -77,11 +107,16 @@ class Technique(NamedTuple):
 
 FP32, BITS16 = ((1, 4),), ((1, 2),)
 Q8_0, Q6_K = ((32, 34),), ((256, 210),)
+Q5_K, Q4_K = ((256, 176),), ((256, 144),)
+# K-quants need rows of 256; where they are not, llama.cpp takes the next larger type of 32
+INSTEAD = {Q6_K: Q8_0, Q5_K: ((32, 24),), Q4_K: ((32, 22),)}
+GROUPS_OF_128 = ((2, 1), (128, 2), (256, 1))  # 4 bits; a 16-bit scale and a 4-bit zero a group
 AUTOCAST = (*FP32, *BITS16)  # float32 weights and the 16-bit copies that autocast caches
 BLOCKS_OF_64, DOUBLE = (
     ((2, 1), (64, 4)),
     ((2, 1), (64, 1), (64 * 256, 4)),
 )  # bitsandbytes' 4 bits and their scales
+NOT_IN_VLLM = ("fp16-autocast", "bf16-autocast", "int4-g32")
 TECHNIQUES = {
     "fp32": Technique(FP32, 4),
     "fp16": Technique(BITS16),
@@ -93,8 +128,16 @@ TECHNIQUES = {
     "nf4-dq": Technique(DOUBLE),
     "fp4": Technique(BLOCKS_OF_64),
     "fp4-dq": Technique(DOUBLE),
+    "fp8": Technique(((1, 1), (0, 4)), engine="vllm"),
+    "awq-g128": Technique(GROUPS_OF_128, engine="vllm"),
+    "gptq-g128": Technique(GROUPS_OF_128, engine="vllm"),
+    "mxfp4": Technique(((2, 1), (32, 1)), engine="vllm", only_experts=True),
+    "nvfp4": Technique(((2, 1), (16, 1)), engine="vllm"),
     "int4-g32": Technique(((32, 20),), engine="gpt-fast"),
     "q8_0": Technique(Q8_0, engine="llama.cpp"),
+    "q6_K": Technique(Q6_K, engine="llama.cpp"),
+    "q5_K_M": Technique(Q5_K, engine="llama.cpp", better=Q6_K),
+    "q4_K_M": Technique(Q4_K, engine="llama.cpp", better=Q6_K),
     "q5_1": Technique(((32, 24),), engine="llama.cpp"),
     "q5_0": Technique(((32, 22),), engine="llama.cpp"),
     "q4_1": Technique(((32, 20),), engine="llama.cpp"),
@@ -104,12 +147,14 @@ TECHNIQUES = {
 
 class Tensors(NamedTuple):
     """Tensors alike. kind: embedding, head, linear, experts, table (looked up: positions), or other
-    (norms, biases, …).
+    (norms, biases, …). favoured: those of values and of the MLP's way back, which quantization
+    hurts most.
     """
 
     kind: str
     rows: int
     columns: int
+    favoured: bool
     count: int
 
 
@@ -127,16 +172,22 @@ class CacheLayer(NamedTuple):
     state: int
     float32_state: int
 
-    def nbytes(self, tokens: int, bytes_per_number: int) -> int:
-        numbers = self.position * min(tokens, self.window) + self.state
-        return numbers * bytes_per_number + self.float32_state * 4
+    def nbytes(
+        self, tokens: int, bytes_per_number: int, bytes_per_position: float | None = None
+    ) -> float:
+        """bytes_per_position : of a number that the sequence lengthens (None: as of any)."""
+        if bytes_per_position is None:
+            bytes_per_position = bytes_per_number
+        positions = self.position * min(tokens, self.window) * bytes_per_position
+        return positions + self.state * bytes_per_number + self.float32_state * 4
 
 
 class Model(NamedTuple):
     """What a configuration says of a model.
 
     experts_used : the fraction of the experts that one token reads. cache : None where it is not
-    known.
+    known. context : positions that it was made for, None where it does not say. own : the
+    technique that its checkpoint is stored in, "" for plain floats. notes : what is not counted.
     """
 
     name: str
@@ -152,6 +203,9 @@ class Model(NamedTuple):
     vocabulary: int
     experts_used: float
     cache: tuple[CacheLayer, ...] | None
+    context: int | None = None
+    own: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def nearest(name: str, known) -> str:
@@ -163,31 +217,93 @@ def choose(technique: str, engine: str | None) -> tuple[Technique, Engine]:
     """A technique and the engine that runs it (None: the one meant), by name. Raises ValueError in
     one sentence.
     """
-    for name, known in ((technique, TECHNIQUES), (engine or "transformers", ENGINES)):
-        if name not in known:
-            raise ValueError(
-                f"{name!r} is not known to the planner; the nearest are {nearest(name, known)}."
-            )
-    usual = TECHNIQUES[technique].engine
-    if engine not in (None, usual) and "llama.cpp" in (engine, usual):
-        raise ValueError(f"{engine} does not run {technique}; its engine is {usual}.")
-    return TECHNIQUES[technique], ENGINES[engine or usual]
-
-
-def _meta(name: str):
-    """The model of a name on the meta device."""
-    written = {path.stem: path for path in CONFIGS.glob("*.json")}
-    try:
-        if name.lower() in written:
-            config = AutoConfig.for_model(**json.loads(written[name.lower()].read_text()))
-        else:
-            config = AutoConfig.from_pretrained(models.resolve(name, quantized=True))
-        return meta_model(config)
-    except (OSError, ValueError) as error:
+    technique, usual = spelled(technique), usual_engine(technique, engine)
+    if usual not in ENGINES:
         raise ValueError(
-            f"{name!r} is no causal language model in a folder here or reachable on the hub; of "
-            f"those written in the project the nearest are {nearest(name, written)}."
+            f"{usual!r} is not known to the planner; the nearest are {nearest(usual, ENGINES)}."
+        )
+    meant = TECHNIQUES[technique].engine
+    if usual != meant and "llama.cpp" in (usual, meant):
+        raise ValueError(f"{usual} does not run {technique}; its engine is {meant}.")
+    if usual == "vllm" and technique in NOT_IN_VLLM:
+        raise ValueError(f"vllm does not run {technique}; its engine is {meant}.")
+    return TECHNIQUES[technique], ENGINES[usual]
+
+
+def spelled(technique: str) -> str:
+    """The planner's name of a technique, given in any case. Raises ValueError in one sentence."""
+    names = {name.lower(): name for name in TECHNIQUES}
+    if technique.lower() not in names:
+        raise ValueError(
+            f"{technique!r} is not known to the planner; the nearest are "
+            f"{nearest(technique, TECHNIQUES)}."
+        )
+    return names[technique.lower()]
+
+
+def usual_engine(technique: str, engine: str | None) -> str:
+    """The engine named, or the one meant for the technique."""
+    return engine or TECHNIQUES[spelled(technique)].engine
+
+
+def kv_bytes(engine: str, bits: int, item: int) -> float:
+    """Bytes of a cached number. Raises ValueError (one sentence) for bits that the engine has
+    not.
+    """
+    if bits == 16:
+        return item
+    known = dict(ENGINES[engine].kv_bytes)
+    if bits not in known:
+        with_them = [name for name, habits in ENGINES.items() if bits in dict(habits.kv_bytes)]
+        others = " or ".join(with_them) or "16 bits"
+        raise ValueError(f"{engine} has no KV cache of {bits} bits here: take {others}.")
+    return known[bits]
+
+
+def _read_config(name: str):
+    """The configuration of a name: one written in the project, of a folder, or of the hub."""
+    written = {path.stem: path for path in CONFIGS.glob("*.json")}
+    if name.lower() in written:
+        return AutoConfig.for_model(**json.loads(written[name.lower()].read_text()))
+    try:
+        return AutoConfig.from_pretrained(models.resolve(name, quantized=True))
+    except (OSError, ValueError) as error:
+        reason = str(error).replace("MODEL=", "")
+        raise ValueError(
+            f"{reason} Of those written in the project the nearest are {nearest(name, written)}."
         ) from error
+
+
+def own_technique(config) -> str:
+    """The technique that a checkpoint's `quantization_config` says it is stored in.
+
+    "" for plain floats. Raises ValueError in one sentence for one that the planner does not know.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return ""
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    method = str(stored.get("quant_method"))
+    bits, group = stored.get("bits"), stored.get("group_size")
+    if method == "compressed-tensors":  # one scheme for all is the usual case
+        weights = next(iter(stored.get("config_groups", {}).values()), {}).get("weights") or {}
+        bits, group = weights.get("num_bits"), weights.get("group_size")
+        method = "fp8" if (weights.get("type"), bits) == ("float", 8) else "gptq"
+    if method in ("fp8", "fbgemm_fp8"):
+        return "fp8"
+    if method == "mxfp4":
+        return "mxfp4"
+    if method == "bitsandbytes" and stored.get("load_in_8bit"):
+        return "int8"
+    if method == "bitsandbytes":
+        doubled = "-dq" if stored.get("bnb_4bit_use_double_quant") else ""
+        return stored.get("bnb_4bit_quant_type", "fp4") + doubled
+    if method in ("gptq", "awq") and (bits, group) == (4, 128):
+        return f"{method}-g128"
+    raise ValueError(
+        f"Its checkpoint is quantized by {method} ({bits} bits, groups of {group}), which the "
+        "planner does not know: it is planned as plain floats."
+    )
 
 
 def _first(config, *names: str, default):
@@ -281,7 +397,13 @@ def describe(name: str) -> Model:
     Its tensors are counted by kind and shape, tied ones once. Raises ValueError (one sentence) when
     not found.
     """
-    net = _meta(name)
+    whole = _read_config(name)
+    try:
+        net = meta_model(whole)
+    except ValueError as error:
+        raise ValueError(
+            f"{name!r} is no causal language model ({whole.model_type}); the planner knows no other."
+        ) from error
     config, shares = net.config, limits.read_shares(net)
     embedding, head = net.get_input_embeddings().weight, net.get_output_embeddings().weight
     linear = {id(m.weight) for m in net.modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
@@ -295,17 +417,24 @@ def describe(name: str) -> Model:
             return "experts" if shares[parameter] else "table"
         return "linear" if id(parameter) in linear else "other"
 
-    alike = Counter((kind(p), p.numel() // p.shape[-1], p.shape[-1]) for p in net.parameters())
+    alike = Counter(
+        (kind(p), p.numel() // p.shape[-1], p.shape[-1], bool(FAVOURED.search(where)))
+        for where, p in net.named_parameters()
+    )
     hidden, heads = config.hidden_size, _first(config, "num_attention_heads", default=1)
     try:
         cache = tuple(cache_layers(net))
     except ValueError:
         cache = None
-    tensors = tuple(Tensors(*key, count) for key, count in alike.items())
+    notes = _towers(whole)
+    try:
+        own = own_technique(whole)
+    except ValueError as error:
+        own, notes = "", [*notes, str(error)]
     return Model(
         Path(name).name,
         config.model_type,
-        tensors,
+        tuple(Tensors(*key, count) for key, count in alike.items()),
         head is embedding,
         config.num_hidden_layers,
         hidden,
@@ -318,7 +447,16 @@ def describe(name: str) -> Model:
         config.vocab_size,
         min(filter(None, shares.values()), default=1),
         cache,
+        _first(config, "max_position_embeddings", default=None),
+        own,
+        tuple(notes),
     )
+
+
+def _towers(config) -> list[str]:
+    """A sentence for each part of a model of several media that is not counted."""
+    media = [name for name in ("vision", "audio") if hasattr(config, f"{name}_config")]
+    return [f"Only the text model is counted: its {name} tower is not." for name in media]
 
 
 def parameters(model: Model, untied: bool = False) -> dict[str, int]:
@@ -357,13 +495,22 @@ def _parts(
     if technique.engine == "llama.cpp":
         if kind in ("table", "other"):  # norms stay in 32 bits
             return FP32
-        if not is_head:
-            return technique.parts
-        # the head has 6 bits or more; a Q6_K block has 256 columns
-        return Q8_0 if technique.parts == Q8_0 or columns % 256 else Q6_K
+        parts = technique.parts
+        if is_head and parts != Q8_0:  # the head has 6 bits or more
+            parts = Q6_K
+        return INSTEAD.get(parts, parts) if columns % 256 else parts
     if kind in ("linear", "experts") or (kind == "head" and engine.quantizes_head):
         return technique.parts
     return AUTOCAST if is_head and technique.parts == AUTOCAST else ((1, technique.item),)
+
+
+def favoured_layers(layers: int) -> int:
+    """Layers whose favoured tensors llama.cpp's M mixes store in the better type.
+
+    The first and the last eighth, and every third between them (`use_more_bits` in its source).
+    """
+    first, last = layers // 8, 7 * layers // 8
+    return sum(i < first or i >= last or (i - first) % 3 == 2 for i in range(layers))
 
 
 def allocated(nbytes: int) -> int:
@@ -384,30 +531,41 @@ class Stored(NamedTuple):
 
     kind: str
     values: int
-    parts: list[int]
+    parts: tuple[int, ...]
     count: float
 
 
+@functools.cache
 def stored(
     model: Model, technique: Technique, engine: Engine, gpus: int = 1, split: str = "tensor"
-) -> list[Stored]:
+) -> tuple[Stored, ...]:
     """The tensors that the fullest GPU holds; `split` as in `planner.memory`."""
     tensors, tied = list(model.tensors), model.tied and not engine.unties
     if model.tied and engine.unties:
         tensors += [t._replace(kind="head") for t in tensors if t.kind == "embedding"]
-    found = []
-    for kind, rows, columns, count in tensors:
+    has_experts = any(t.kind == "experts" for t in tensors)
+    better_share = favoured_layers(model.layers) / model.layers
+    held = []
+    for kind, rows, columns, favoured, count in tensors:
         vocabulary = kind in ("embedding", "head")
-        if split == "fsdp" or (
-            split == "tensor"
-            and (engine.shards_vocabulary if vocabulary else kind not in ("table", "other"))
-        ):
+        is_cut = kind not in ("table", "other")
+        if vocabulary:
+            is_cut = engine.shards_vocabulary
+        if split == "fsdp" or (split == "tensor" and is_cut):
             rows = -(-rows // gpus)
         if split == "sequential" and not vocabulary:
             count *= share(model, gpus)
-        sizes = [
-            -(-rows * columns // (values or columns)) * nbytes
-            for values, nbytes in _parts(kind, columns, tied, technique, engine)
-        ]
-        found.append(Stored(kind, rows * columns, sizes, count))
-    return found
+        parts = _parts(kind, columns, tied, technique, engine)
+        if technique.only_experts and has_experts and kind != "experts":
+            parts = ((1, technique.item),)
+        if favoured and technique.better and columns % 256 == 0:
+            better = _sizes(rows * columns, columns, technique.better)
+            held.append(Stored(kind, rows * columns, better, count * better_share))
+            count *= 1 - better_share
+        held.append(Stored(kind, rows * columns, _sizes(rows * columns, columns, parts), count))
+    return tuple(held)
+
+
+def _sizes(values: int, columns: int, parts: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
+    """Bytes of each part of a tensor; a block of 0 values is a whole row."""
+    return tuple(-(-values // (block or columns)) * nbytes for block, nbytes in parts)

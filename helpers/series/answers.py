@@ -1,10 +1,12 @@
 """The short answer: which technique for least memory, for one fast stream, for most tokens/s under
 a latency limit.
 
-Measured here, and worked out by the planner for another model on another GPU; nothing is typed.
+Measured here, and worked out by the planner for another model on another GPU: its speeds are those
+that published ones make likely, its losses published ones where there are any; nothing is typed.
 """
 
 import math
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -39,11 +41,12 @@ def answers(
     max_token_s: float,
     length: int = 2048,
 ) -> pd.DataFrame:
-    """The short answer to three questions: here (measured), and for a model on a GPU (the planner's
-    best possible).
+    """The short answer to three questions: here (measured), and for a model on a GPU (what the
+    planner expects).
 
     max_loss : share of perplexity that may be lost. max_token_s : longest time a token may take.
-        Losses are those measured here: a larger model usually loses less. Raises ValueError for an
+        Of the planner's techniques the losses are those published for an 8B model, where there are
+        any, else those measured here: a larger model usually loses less. Raises ValueError for an
         unknown model or GPU.
     """
     asked = (
@@ -57,9 +60,7 @@ def answers(
     ]
     here = [_least(good), _fastest(good), _most(own, max_token_s)]
     there = _planned(own, model, gpu, max_loss, max_token_s, length)
-    return pd.DataFrame(
-        {"measured here": here, f"{model} on {gpu}, best possible": there}, index=asked
-    )
+    return pd.DataFrame({"measured here": here, f"{model} on {gpu}, expected": there}, index=asked)
 
 
 def _said(record: Record, amount: str) -> str:
@@ -105,40 +106,58 @@ def _most(own: list[Record], max_token_s: float) -> str:
     return f"{best.variant} ({best.engine}): {speed:.0f} tokens/s at {each * 1e3:.0f} ms a token"
 
 
+def published_losses() -> dict[str, float]:
+    """Share of perplexity that llama.cpp's formats lose on Llama-3-8B, by the planner's names."""
+    rows = pd.read_csv(planner.DATA / "published.csv")
+    rows = rows[(rows["model"] == "llama-3-8b") & (rows["metric"] == "perplexity")]
+    perplexity = rows.set_index("variant")["value"]
+    lost = perplexity / perplexity["f16"] - 1
+    return {name: share for name, share in lost.items() if name in planner.TECHNIQUES}
+
+
+class Candidate(NamedTuple):
+    """A technique with a batch that fits. tokens_per_s : expected; None where none is published."""
+
+    technique: str
+    batch: int
+    nbytes: int
+    tokens_per_s: float | None
+
+    def __str__(self) -> str:
+        error = planner.prediction_error(self.technique)
+        text = f"{self.technique}: {self.nbytes / GB:.1f} GB ± {error:.1%}"
+        if self.batch > 1:
+            text = text.replace(":", f" and batches of {self.batch}:", 1)
+        if self.tokens_per_s is not None:
+            text += f", {self.tokens_per_s:,.0f} tokens/s"
+        return text
+
+
 def _planned(
     own: list[Record], model: str, gpu: str, max_loss: float, max_token_s: float, length: int
 ) -> list[str]:
-    """The planner's side: techniques whose loss was measured here, batches in powers of two, on one
-    GPU.
-    """
+    """The planner's side: techniques whose loss is known, batches in powers of two, on one GPU."""
     by_id = {record.id: record for record in own}
     measured = {name: loss(by_id[row]) for name, row in MEASURED.items() if row in by_id}
     # only the scales are stored otherwise; where bitsandbytes undoes it, it has no row of its own
     measured.setdefault("nf4-dq", measured.get("nf4"))
-    known = {name: share for name, share in measured.items() if share is not None}
-    lost = {"fp32": 0.0} | {name: share for name, share in known.items() if share <= max_loss}
-    device, shape, found = planner.gpu(gpu), planner.describe(model), []
-    for technique in lost:
+    lost = {"fp32": 0.0} | measured | published_losses()
+    kept = [name for name, share in lost.items() if share is not None and share <= max_loss]
+    device, shape = planner.gpu(gpu), planner.describe(model)
+    candidates = []
+    for technique in kept:
         for batch in (2**n for n in range(11)):
             work = {"batch": batch, "length": length}
-            need = planner.memory(shape, technique, **work)["total_bytes"]
-            if need + planner.CONTEXT_BYTES <= device.memory_bytes:
-                found.append(
-                    (technique, batch, need, planner.limit(shape, technique, device, **work))
-                )
-    if not found:
+            if planner.fits(shape, technique, device, **work):
+                need = planner.memory(shape, technique, **work)["total_bytes"]
+                likely = planner.expected(shape, technique, device, **work)
+                speed = None if likely is None else likely.tokens_per_s
+                candidates.append(Candidate(technique, batch, need, speed))
+    if not candidates:
         return [f"nothing fits one {device.name}: see the planner"] * 3
-    least, fast = (
-        min(found, key=lambda f: f[2]),
-        max((f for f in found if f[1] == 1), key=lambda f: f[3]),
-    )
-    most = max((f for f in found if f[1] / f[3] <= max_token_s), key=lambda f: f[3], default=None)
-    return [
-        f"{least[0]}: {least[2] / GB:.1f} GB ± {planner.prediction_error(least[0]):.1%}",
-        f"{fast[0]}: {fast[3]:.0f} tokens/s, {fast[2] / GB:.1f} GB ± "
-        f"{planner.prediction_error(fast[0]):.1%}",
-        f"{most[0]} and batches of {most[1]}: {most[3]:,.0f} tokens/s, {most[2] / GB:.1f} GB ± "
-        f"{planner.prediction_error(most[0]):.1%}"
-        if most
-        else "nothing is as fast",
-    ]
+    with_speed = [one for one in candidates if one.tokens_per_s is not None]
+    single = [one for one in with_speed if one.batch == 1]
+    in_time = [one for one in with_speed if one.batch / one.tokens_per_s <= max_token_s]
+    fastest = max(single, key=lambda one: one.tokens_per_s, default="no speed is published")
+    most = max(in_time, key=lambda one: one.tokens_per_s, default="nothing is as fast")
+    return [str(min(candidates, key=lambda one: one.nbytes)), str(fastest), str(most)]

@@ -1,23 +1,23 @@
-"""Will it fit, and how fast can it be? A model's memory and best speed on GPUs, before anything is
-loaded.
+"""Will it fit, and how fast can it be? A model's memory and speed on GPUs, before anything is
+loaded. `helpers.series.advice` says it in words.
 
-Nothing is fitted to measurements: each term is what a format or an engine's source says (LitGPT,
-bitsandbytes, llama.cpp, PyTorch's allocator and FSDP), so the published figures are a test, and the
-worst distance from them is the error shown beside every answer. Sizes are bytes; GB is 1e9 of them.
+No term of memory is fitted to measurements: each is what a format or an engine's source says
+(LitGPT, bitsandbytes, llama.cpp, PyTorch's allocator and FSDP; that LitGPT's prefill holds two
+copies of the head was found from a fit), so that published peaks are a test, and the worst distance
+from them is the error shown beside every answer. Limits of speed follow from bytes and operations;
+what to expect below them comes from published speeds. Sizes are bytes; GB is 1e9 of them.
 """
 
-import argparse
 import functools
+import math
 import re
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
-from rich.console import Console
-from rich.table import Column, Table
 
-from helpers.series import anatomy
+from helpers.series import anatomy, cards
 from helpers.series.anatomy import (
     ENGINES,
     TECHNIQUES,
@@ -26,9 +26,11 @@ from helpers.series.anatomy import (
     Stored,
     Technique,
     describe,
-    nearest,
     parameters,
 )
+from helpers.series.cards import any_other, gpu, gpus
+
+__all__ = ["Model", "any_other", "describe", "gpu", "gpus", "parameters"]  # and what stands below
 
 DATA = Path(__file__).parent.parent / "data"
 CUBLAS_BYTES = (
@@ -36,9 +38,8 @@ CUBLAS_BYTES = (
 )
 CONTEXT_BYTES = 500_000_000  # about what CUDA's context and kernels take beside PyTorch's allocator
 SPLITS = ("tensor", "sequential", "fsdp")
-CAPTION = (
-    "error: worst distance from published peaks of the technique, or of any where none is published"
-)
+FLOATS = ("fp32", "fp16", "bf16")
+TWICE_AS_FAST = ("int8", "fp8")  # products of 8 bits, where a card has them: the ceiling allows it
 # how the published figures were taken: source, model, engine, tokens of the prompt, tokens in all
 RUNS = (
     ("article.txt", "falcon", "litgpt", 7, 57),
@@ -47,27 +48,10 @@ RUNS = (
     ("LLM-Pruner", "", "transformers", 64, 64),
     ("gpt-fast", "", "gpt-fast", 1, 1),
     ("bitsandbytes", "", "transformers", 1, 1),  # lengths not stated; speed only
+    ("Qwen2.5", "", "transformers", 1, 2049),
 )
-
-
-@functools.cache
-def gpus() -> pd.DataFrame:
-    """The table of GPUs by name, each row with its source: bytes, bytes/s, dense FLOP/s, compute
-    capability.
-
-    memory_bytes is what PyTorch sees: a card's nominal "GB" are GiB, and the driver keeps some of
-    them.
-    """
-    return pd.read_csv(DATA / "gpus.csv", index_col="name", dtype={"compute_capability": str})
-
-
-def gpu(name: str) -> pd.Series:
-    """One GPU by name or alias, spelled in any case. Raises ValueError that names the nearest."""
-    key, table = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"), gpus()
-    for known, aliases in table["aliases"].items():
-        if key in (known, *aliases.split(";")):
-            return table.loc[known]
-    raise ValueError(f"No GPU {name!r} in the table; the nearest are {nearest(key, table.index)}.")
+UNITS = {"GB": 1e9, "MiB": 2**20, "GiB": 2**30}
+MOST_REQUESTS = 4096  # more at once are not looked for
 
 
 def kv_cache(
@@ -77,12 +61,14 @@ def kv_cache(
     item: int = 2,
     engine: Engine = ENGINES["gpt-fast"],
     gpus: int = 1,
-) -> int:
+    position_bytes: float | None = None,
+) -> float:
     """Bytes that a GPU caches for `length` tokens of every sequence: keys and values, of a window
     or latent where the model's are, and the states of layers that have none.
 
-    Tensor parallelism over `gpus` cuts heads, never states. Raises ValueError in one sentence where
-    it is not known what the model caches.
+    Tensor parallelism over `gpus` cuts heads, never states. position_bytes : of a number that the
+    sequence lengthens, where the cache is quantized. Raises ValueError in one sentence where it is
+    not known what the model caches.
     """
     if model.cache is None:
         raise ValueError(f"What {model.name} caches for a sequence is not known to the planner.")
@@ -91,7 +77,7 @@ def kv_cache(
         position = layer.position
         if layer.heads:
             position = position // layer.heads * _cached_heads(layer.heads, model, engine, gpus)
-        total += layer._replace(position=position).nbytes(length, item)
+        total += layer._replace(position=position).nbytes(length, item, position_bytes)
     return batch * total
 
 
@@ -113,56 +99,59 @@ def memory(
     prompt: int | None = None,
     gpus: int = 1,
     split: str = "tensor",
+    chunk: int | None = None,
+    kv_bits: int = 16,
 ) -> dict[str, int]:
     """Peak bytes on the fullest GPU, term by term, and their total.
 
     Parameters
     ----------
-    length, prompt : tokens cached for each sequence, and tokens prefilled at once (None: all of
-        them).
+    length, prompt : tokens cached for each sequence, and tokens of its prompt (None: all of them).
     split : "tensor" (layers cut), "sequential" (whole layers), "fsdp" (all cut; the root and two
         layers gathered).
+    chunk : tokens that are prefilled at once, all sequences together (None: the engine's habit;
+        transformers takes all of them unless `generate` is given `prefill_chunk_size`).
+    kv_bits : 16 (a cached number is stored as weights that are not quantized), 8 or 4.
 
     The terms: weights; what the allocator rounds up; keys and values; working memory (cuBLAS, two
-    hidden states and three MLP states of the prompt, the last logits twice in float32); what
-    quantizing holds for a moment; what FSDP gathers. Raises ValueError for anything else.
+    hidden states and three MLP states of the tokens prefilled at once, the MLP's cut under tensor
+    parallelism; the last logits twice in float32); what quantizing holds for a moment; what FSDP
+    gathers. Raises ValueError for anything else.
     """
     t, e = anatomy.choose(technique, engine)
-    if min(batch, length, gpus) < 1 or split not in SPLITS:
+    smallest = min(batch, length, gpus, chunk or 1, prompt or 1)
+    if smallest < 1 or split not in SPLITS:
         raise ValueError(
             f"batch, length and gpus start at 1, and split is one of {', '.join(SPLITS)}."
         )
-    tensors, sequential = anatomy.stored(model, t, e, gpus, split), split == "sequential"
+    tensors = anatomy.stored(model, t, e, gpus, split)
     weights = sum(sum(x.parts) * x.count for x in tensors)
-    rounding = (
-        sum(sum(map(anatomy.allocated, x.parts)) * x.count for x in tensors) - weights
-        if e.rounds
-        else 0
-    )
-    cache = kv_cache(
-        model,
-        batch,
-        length,
-        e.sequential_cache_item if sequential else t.item,
-        e,
-        gpus if split == "tensor" else 1,
-    )
-    activations = (
-        batch * min(prompt or length, length) * t.item * (2 * model.hidden + 3 * model.mlp)
-    )
+    allocated = sum(sum(map(anatomy.allocated, x.parts)) * x.count for x in tensors)
+    sequential, ranks = split == "sequential", gpus if split == "tensor" else 1
+    item = e.sequential_cache_item if sequential else t.item
+    name = anatomy.usual_engine(technique, engine)
+    position_bytes = anatomy.kv_bytes(name, kv_bits, item)
+    cache = kv_cache(model, batch, length, item, e, ranks, position_bytes)
+    at_once = min(batch * min(prompt or length, length), chunk or e.chunk)
+    states = 2 * model.hidden + 3 * -(-model.mlp // ranks)
     count = parameters(model, e.unties)
     gathered = t.item * (count["embedding"] + count["head"] + 2 * count["layer"])
     terms = {
         "weight_bytes": weights,
-        "rounding_bytes": rounding,
+        "rounding_bytes": allocated - weights if e.rounds else 0,
         "kv_cache_bytes": cache * anatomy.share(model, gpus) if sequential else cache,
-        "working_bytes": CUBLAS_BYTES + activations + batch * 8 * model.vocabulary,
-        "transient_bytes": _transient(tensors, t, e, weights + rounding),
+        "working_bytes": CUBLAS_BYTES + at_once * t.item * states + batch * 8 * model.vocabulary,
+        "transient_bytes": _transient(tensors, t, e, allocated if e.rounds else weights),
         "gathered_bytes": gathered if split == "fsdp" else 0,
     }
     return {
         name: round(value) for name, value in {**terms, "total_bytes": sum(terms.values())}.items()
     }
+
+
+def room(gpu: pd.Series, engine: str) -> float:
+    """Bytes of a card that a model may take: CUDA's context, and what the engine leaves, apart."""
+    return ENGINES[engine].share * gpu.memory_bytes - CONTEXT_BYTES
 
 
 def _transient(tensors: list[Stored], technique: Technique, engine: Engine, held: float) -> float:
@@ -187,45 +176,51 @@ def limit(
     length: int = 1,
     gpus: int = 1,
     split: str = "tensor",
+    kv_bits: int = 16,
 ) -> float:
     """Best possible tokens/s of decoding: the bytes of a step over the bandwidth, or its FLOPs over
     the FLOP/s.
 
-    A step reads what `limits.decode_bytes` counts and all that is cached. Only tensor parallelism
-    adds up bandwidths: otherwise one GPU works after another, or on all that was gathered.
+    A step reads what `limits.decode_bytes` counts and all that is cached; of experts those that a
+    batch picks when every token picks at random: 1 − (1 − k/E)^batch of them. Its operations are
+    those of each token's own experts. Only tensor parallelism adds up bandwidths: otherwise one GPU
+    works after another, or on all that was gathered. NaN where the bandwidth is not known.
     """
     t, e = anatomy.choose(technique, engine)
-    use = {
-        "embedding": model.tied and not e.unties,
-        "table": 0,
-        "experts": model.experts_used,
-    }
-    tensors = [(x, x.count * use.get(x.kind, 1)) for x in anatomy.stored(model, t, e)]
-    read = sum(
-        (x.parts[-1] if technique.endswith("autocast") else sum(x.parts)) * n for x, n in tensors
-    )
-    read += kv_cache(model, batch, length, t.item)
-    flops = sum(2 * x.values * n for x, n in tensors) * batch
-    peak = (
-        gpu.fp32_flop_per_s
-        if technique == "fp32"
-        else gpu.fp16_flop_per_s * (2 if technique == "int8" else 1)
-    )
-    return (
-        batch
-        * (gpus if split == "tensor" else 1)
-        / max(read / gpu.bandwidth_bytes_per_s, flops / peak)
-    )
+    position_bytes = anatomy.kv_bytes(anatomy.usual_engine(technique, engine), kv_bits, t.item)
+    tables = {"embedding": model.tied and not e.unties, "table": 0}
+    picked = 1 - (1 - model.experts_used) ** batch
+    reads, works = tables | {"experts": picked}, tables | {"experts": model.experts_used}
+    read = kv_cache(model, batch, length, t.item, position_bytes=position_bytes)
+    flops = 0
+    for tensor in anatomy.stored(model, t, e):
+        stored_bytes = sum(tensor.parts)
+        if technique.endswith("autocast"):  # its copies in 16 bits are kept, and read alone
+            stored_bytes = tensor.parts[-1]
+        read += stored_bytes * tensor.count * reads.get(tensor.kind, 1)
+        flops += 2 * batch * tensor.values * tensor.count * works.get(tensor.kind, 1)
+    peak = gpu.fp32_flop_per_s if technique == "fp32" else gpu.fp16_flop_per_s
+    if technique in TWICE_AS_FAST:
+        peak *= 2
+    together = gpus if split == "tensor" else 1
+    return batch * together / max(read / gpu.bandwidth_bytes_per_s, flops / peak)
 
 
-def refusal(model: Model, degree: int) -> str | None:
-    """Why tensor parallelism over `degree` GPUs cannot be, in a sentence; None where it can."""
+def refusal(model: Model, degree: int, engine: str = "transformers") -> str | None:
+    """Why tensor parallelism over `degree` GPUs cannot be, in a sentence; None where it can.
+
+    vLLM pads the vocabulary, and repeats key/value heads where there are fewer than GPUs.
+    """
     sizes = {
         "attention heads": model.heads,
         "key/value heads": model.kv_heads,
         "MLP channels": model.mlp,
         "words of vocabulary": model.vocabulary,
     }
+    if ENGINES[engine].repeats_heads:
+        del sizes["words of vocabulary"]
+        if degree % model.kv_heads == 0:
+            del sizes["key/value heads"]
     odd = [
         f"{size} {name if size > 1 else name.rstrip('s')}"
         for name, size in sizes.items()
@@ -240,11 +235,21 @@ def refusal(model: Model, degree: int) -> str | None:
     return None
 
 
-def degrees(model: Model, most: int = 16) -> list[int]:
-    """Numbers of GPUs that divide heads, key/value heads, MLP channels and vocabulary (some engines
-    pad the last).
-    """
-    return [n for n in range(1, most + 1) if refusal(model, n) is None]
+def usual_split(model: Model, gpus: int, engine: str) -> str:
+    """How several GPUs share a model unless one says: by tensors where that can be."""
+    by_layers = ENGINES[engine].by_layers and gpus > 1
+    return "sequential" if by_layers or refusal(model, gpus, engine) else "tensor"
+
+
+def degrees(model: Model, most: int = 16, engine: str = "transformers") -> list[int]:
+    """Numbers of GPUs that the engine can cut the model for: see `refusal`."""
+    return [n for n in range(1, most + 1) if refusal(model, n, engine) is None]
+
+
+def fits(model: Model, technique: str, gpu: pd.Series, **workload) -> bool:
+    """Does it fit? `workload` as in memory."""
+    engine = anatomy.usual_engine(technique, workload.get("engine"))
+    return memory(model, technique, **workload)["total_bytes"] <= room(gpu, engine)
 
 
 def fewest(
@@ -253,16 +258,41 @@ def fewest(
     """Smallest number of GPUs that hold the model, and the split; None where `most` do not.
     `workload` as in memory.
     """
+    engine = anatomy.usual_engine(technique, workload.get("engine"))
     for n in range(1, most + 1):
-        for split in ("tensor", "sequential"):
-            possible = refusal(model, n) is None if split == "tensor" else n <= model.layers
-            if possible and (
-                memory(model, technique, gpus=n, split=split, **workload)["total_bytes"]
-                + CONTEXT_BYTES
-                <= gpu.memory_bytes
-            ):
+        for split in dict.fromkeys((usual_split(model, n, engine), "sequential")):
+            if split == "sequential" and n > model.layers:
+                continue
+            if fits(model, technique, gpu, gpus=n, split=split, **workload):
                 return n, split
     return None
+
+
+def largest(possible: Callable[[int], bool], most: int) -> int:
+    """The largest whole number up to `most` for which it is possible, by halving; 0 for none."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        if possible(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def most_requests(model: Model, technique: str, gpu: pd.Series, **workload) -> int:
+    """Sequences of `length` tokens that fit at once. `workload` as in memory, without `batch`."""
+    return largest(
+        lambda batch: fits(model, technique, gpu, batch=batch, **workload), MOST_REQUESTS
+    )
+
+
+def longest(model: Model, technique: str, gpu: pd.Series, **workload) -> int:
+    """Tokens of each sequence that fit, up to the model's context. `workload` as in memory,
+    without `length`.
+    """
+    most = model.context or 2**20
+    return largest(lambda length: fits(model, technique, gpu, length=length, **workload), most)
 
 
 def setting(row) -> dict | None:
@@ -271,20 +301,18 @@ def setting(row) -> dict | None:
         (run for run in RUNS if row.source.startswith(run[0]) and row.model.startswith(run[1])),
         None,
     )
-    cut = re.fullmatch(r"(tp|sequential|fsdp)\d*", row.variant)
-    technique = (
-        "bf16"
-        if cut or row.variant == "dense"
-        else max(
-            (name for name in TECHNIQUES if row.variant.startswith(name)), key=len, default=None
-        )
-    )
+    variant = row.variant.removeprefix("vllm-")
+    cut = re.fullmatch(r"(tp|sequential|fsdp)\d*", variant)
+    known = [name for name in TECHNIQUES if variant.startswith(name)]
+    technique = max(known, key=len, default=None)
+    if cut or variant == "dense":
+        technique = "bf16"
     if run is None or technique is None or not (anatomy.CONFIGS / f"{row.model}.json").is_file():
         return None
     devices = re.match(r"(\d+)x ", str(row.hardware))
     return {
         "technique": technique,
-        "engine": run[2],
+        "engine": run[2] if variant == row.variant else "vllm",
         "prompt": run[3],
         "length": run[4],
         "gpus": int(devices[1]) if devices else 1,
@@ -297,23 +325,26 @@ def checked() -> pd.DataFrame:
     """Every published peak beside its prediction (bytes), and the relative error, which is never
     fitted.
     """
-    rows, found = pd.read_csv(DATA / "published.csv"), []
-    for row in rows[rows["metric"].str.startswith("peak_memory")].itertuples():
-        if how := setting(row):
-            measured = row.value * {"GB": 1e9, "MiB": 2**20}[row.unit]
-            predicted = memory(describe(row.model), **how)["total_bytes"]
-            found.append(
-                {
-                    "source": row.source,
-                    "model": row.model,
-                    "variant": row.variant,
-                    **how,
-                    "measured_bytes": measured,
-                    "predicted_bytes": predicted,
-                    "error": predicted / measured - 1,
-                }
-            )
-    return pd.DataFrame(found)
+    published = pd.read_csv(DATA / "published.csv")
+    rows = []
+    for row in published[published["metric"].str.startswith("peak_memory")].itertuples():
+        how = setting(row)
+        if how is None:
+            continue
+        measured = row.value * UNITS[row.unit]
+        predicted = memory(describe(row.model), **how)["total_bytes"]
+        rows.append(
+            {
+                "source": row.source,
+                "model": row.model,
+                "variant": row.variant,
+                **how,
+                "measured_bytes": measured,
+                "predicted_bytes": predicted,
+                "error": predicted / measured - 1,
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def prediction_error(technique: str, without: str | None = None) -> float:
@@ -327,124 +358,241 @@ def prediction_error(technique: str, without: str | None = None) -> float:
     return float((rows if same.empty else same)["error"].abs().max())
 
 
-def plan(
-    names: Sequence[str],
-    techniques: Sequence[str] = (),
-    gpu_names: Sequence[str] = (),
+@functools.cache
+def runs() -> pd.DataFrame:
+    """Every published speed of one model in one engine, and how it was taken."""
+    published = pd.read_csv(DATA / "published.csv")
+    published = published[published["metric"] == "tokens_per_s"].dropna(subset="batch_size")
+    rows = []
+    for row in published.itertuples():
+        how = setting(row)
+        if how is None:
+            continue
+        rows.append(
+            {
+                "source": row.source,
+                "model": row.model,
+                "variant": row.variant,
+                "gpu": gpu(row.hardware.split("x ", 1)[1]).name,
+                "batch": int(row.batch_size),
+                **{key: how[key] for key in ("technique", "engine", "gpus", "split")},
+                "cut": _cut(how["gpus"], how["split"]),
+                "tokens_per_s": row.value,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+@functools.cache
+def _limit_of(index: int) -> float:
+    """The limit of a row of `runs`, in tokens/s."""
+    row = runs().loc[index]
+    how = row[["technique", "engine", "batch", "gpus", "split"]].to_dict()
+    return limit(describe(row["model"]), gpu=gpu(row["gpu"]), **how)
+
+
+def speeds(rows: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Rows of `runs` (None: all) beside their limit.
+
+    layer_s : seconds a layer that a step took beyond its limit: launches, kernels that do not reach
+        the bandwidth, messages between GPUs.
+    """
+    rows = runs() if rows is None else rows
+    best = pd.Series([_limit_of(index) for index in rows.index], index=rows.index, dtype=float)
+    layers = pd.Series([describe(name).layers for name in rows["model"]], index=rows.index)
+    beyond_s = rows["batch"] * (1 / rows["tokens_per_s"] - 1 / best)
+    return rows.assign(
+        limit_tokens_per_s=best, share=rows["tokens_per_s"] / best, layer_s=beyond_s / layers
+    )
+
+
+def _cut(gpus: int, split: str) -> str:
+    return split if gpus > 1 else "one GPU"
+
+
+class Expected(NamedTuple):
+    """Tokens/s that published rows make likely, and those of the slowest and fastest of them.
+
+    rows, engines, sources : how many they are, in which engines, and whose.
+    """
+
+    tokens_per_s: float
+    low: float
+    high: float
+    rows: int
+    engines: str
+    sources: str
+
+
+def expected(
+    model: Model,
+    technique: str,
+    gpu: pd.Series,
     *,
     engine: str | None = None,
     batch: int = 1,
-    length: int = 2048,
+    gpus: int = 1,
+    split: str = "tensor",
+    without: int | None = None,
+    **workload,
+) -> Expected | None:
+    """Tokens/s to expect; None where no speed of the technique in the engine is published.
+
+    A step takes the time of its limit, and what published steps of that technique and engine took
+    beyond theirs, for each layer (the median; those of the same card, where there are any). So a
+    small model on a large card is bound by its launches, and a large one comes near its limit.
+    Batches are those published nearest, at most four times as large or small. Floats of 16 and 32
+    bits count as one technique, and engines that call kernels from Python as one engine: their
+    launches are as many.
+
+    Parameters
+    ----------
+    without : index of a row of `runs` to leave out.
+    workload : length and kv_bits, as in `limit`.
+    """
+    name = anatomy.usual_engine(technique, engine)
+    rows = runs().drop(index=[] if without is None else [without])
+    rows = rows[rows["technique"].isin(FLOATS if technique in FLOATS else [technique])]
+    rows = rows[rows["cut"] == _cut(gpus, split)]
+    rows = rows[~rows["variant"].str.endswith("-threshold-0")]  # not how int8 is loaded by default
+    engines = [name]
+    if ENGINES[name].eager:
+        engines = [other for other, habits in ENGINES.items() if habits.eager]
+    rows = rows[rows["engine"].isin(engines)]
+    ratio = (rows["batch"] / batch).where(rows["batch"] > batch, batch / rows["batch"])
+    rows = rows[(ratio == ratio.min()) & (ratio <= 4)]
+    on_same_card = rows[rows["gpu"] == gpu.name]
+    rows = speeds(on_same_card if len(on_same_card) else rows)
+    best = limit(
+        model, technique, gpu, engine=engine, batch=batch, gpus=gpus, split=split, **workload
+    )
+    if rows.empty or math.isnan(best):
+        return None
+
+    def speed(layer_s: float) -> float:
+        return batch / (batch / best + layer_s * model.layers)
+
+    theirs = ", ".join(sorted(set(rows["engine"])))
+    sources = ", ".join(sorted({source.split()[0].rstrip(":") for source in rows["source"]}))
+    slowest, fastest = rows["layer_s"].max(), rows["layer_s"].min()
+    return Expected(
+        speed(rows["layer_s"].median()), speed(slowest), speed(fastest), len(rows), theirs, sources
+    )
+
+
+@functools.cache
+def speed_errors() -> pd.Series:
+    """Expected ÷ published tokens/s of every published row that is left out while it is expected."""
+    ratios = {}
+    for row in runs().itertuples():
+        how = {key: getattr(row, key) for key in ("technique", "engine", "gpus", "split", "batch")}
+        guess = expected(describe(row.model), gpu=gpu(row.gpu), without=row.Index, **how)
+        if guess is not None:
+            ratios[row.Index] = guess.tokens_per_s / row.tokens_per_s
+    return pd.Series(ratios)
+
+
+def plan(
+    names: Sequence[str],
+    techniques: Sequence[str] = (),
+    gpu_names: Sequence[str | pd.Series] = (),
+    *,
+    engine: str | None = None,
+    gpus: int = 1,
+    split: str | None = None,
+    **workload,
 ) -> pd.DataFrame:
     """The whole answer: a row for each model, technique and GPU (all that are known, where none are
     named).
 
-    Bytes are those of one GPU that holds it all; `limit_tokens_per_s` is for the `fewest_gpus` that
-    hold it.
+    Parameters
+    ----------
+    gpu_names : or cards as `gpu` gives them; "2x L4" is two of them, whatever `gpus` says.
+    gpus, split : how many of each there are (tensor parallel where that can be, else sequential).
+    workload : batch, length, prompt, chunk, kv_bits, as in `memory`.
+
+    Bytes are those of the fullest GPU; speeds are of the GPUs asked for where they hold the model,
+    else of the `fewest_gpus` that do.
     """
-    techniques, rows = (
-        techniques
-        or [
-            name
-            for name, t in TECHNIQUES.items()
-            if engine is None or (engine == "llama.cpp") == (t.engine == "llama.cpp")
-        ],
-        [],
-    )
+    workload = {"batch": 1, "length": 2048} | workload
+    techniques = [anatomy.spelled(name) for name in techniques] or _runnable(engine)
+    devices = list(gpu_names) or list(cards.gpus().index)
+    rows = []
     for model in map(describe, names):
         for technique in techniques:
-            workload = {"engine": engine, "batch": batch, "length": length}
-            need = memory(model, technique, **workload)
-            for device in map(gpu, gpu_names or gpus().index):
-                n, split = fewest(model, technique, device, **workload) or (None, None)
-                best = (
-                    limit(model, technique, device, **workload, gpus=n, split=split) if n else None
-                )
-                rows.append(
-                    {
-                        "model": model.name,
-                        "technique": technique,
-                        "gpu": device.name,
-                        **workload,
-                        "engine": engine or TECHNIQUES[technique].engine,
-                        **need,
-                        "gpu_memory_bytes": device.memory_bytes,
-                        "fits": n == 1,
-                        "fewest_gpus": n,
-                        "split": split,
-                        "limit_tokens_per_s": best,
-                        "error": prediction_error(technique),
-                    }
-                )
+            for device in devices:
+                rows.append(_planned(model, technique, device, engine, gpus, split, workload))
     return pd.DataFrame(rows).astype({"fewest_gpus": "Int64"})
 
 
-def _table(model: Model, frame: pd.DataFrame) -> Table:
-    head, cut = ("tied" if model.tied else "untied"), ", ".join(map(str, degrees(model)))
-    title = (
-        f"{model.name}: {parameters(model)['total'] / 1e9:.3f} G parameters, head {head}; "
-        f"{kv_cache(model, length=1) / 1e3:.1f} KB of keys and values a token; "
-        f"tensor parallel over {cut}"
-    )
-    numbers = ("weights GB", "KV cache GB", "peak GB", "error", "GPUs", "best tokens/s")
-    table = Table(
-        "technique",
-        "engine",
-        "GPU",
-        *(Column(name, justify="right") for name in numbers),
-        title=title,
-        caption="\n".join(filter(None, (CAPTION, refusal(model, 2)))),
-    )
-    for row in frame.itertuples():
-        sizes = (
-            f"{size / 1e9:.2f}" for size in (row.weight_bytes, row.kv_cache_bytes, row.total_bytes)
-        )
-        answer = (
-            ("too many", "–")
-            if pd.isna(row.fewest_gpus)
-            else (
-                f"{row.fewest_gpus} {row.split}" if row.fewest_gpus > 1 else "1",
-                f"{row.limit_tokens_per_s:.0f}",
-            )
-        )
-        table.add_row(row.technique, row.engine, row.gpu, *sizes, f"±{row.error:.2%}", *answer)
-    return table
+def _runnable(engine: str | None) -> list[str]:
+    """The techniques that an engine runs (None: all)."""
+    names = []
+    for technique in TECHNIQUES:
+        try:
+            anatomy.choose(technique, engine)
+        except ValueError:
+            if engine not in ENGINES and engine is not None:
+                raise
+            continue
+        names.append(technique)
+    return names
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m helpers.series.planner MODEL --gpu a100-40gb`: a table; one sentence and status 2
-    for bad input.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m helpers.series.planner", description=main.__doc__
-    )
-    parser.add_argument(
-        "model", help="a configuration written in the project, a folder, or a name on the hub"
-    )
-    for name, known in (
-        ("--gpu", gpus().index),
-        ("--technique", TECHNIQUES),
-        ("--engine", ENGINES),
-    ):
-        parser.add_argument(name, nargs=None if name == "--engine" else "+", help=", ".join(known))
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--length", type=int, default=2048, help="tokens cached for each sequence")
-    asked = parser.parse_args(arguments)
-    try:
-        frame = plan(
-            [asked.model],
-            asked.technique or (),
-            asked.gpu or (),
-            engine=asked.engine,
-            batch=asked.batch,
-            length=asked.length,
-        )
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    Console(width=None if sys.stdout.isatty() else 120).print(_table(describe(asked.model), frame))
-    return 0
+def _planned(
+    model: Model,
+    technique: str,
+    device: str | pd.Series,
+    engine: str | None,
+    count: int,
+    split: str | None,
+    workload: dict,
+) -> dict:
+    """A row of `plan`."""
+    if isinstance(device, str):
+        several, name = cards.several(device)
+        device, count = gpu(name), several if several > 1 else count
+    name = anatomy.usual_engine(technique, engine)
+    split = split or usual_split(model, count, name)
+    asked = {"engine": engine, "gpus": count, "split": split, **workload}
+    need = memory(model, technique, **asked)
+    holds = need["total_bytes"] <= room(device, name)
+    n, cut = fewest(model, technique, device, engine=engine, **workload) or (None, None)
+    of_speed = {key: workload[key] for key in ("batch", "length", "kv_bits") if key in workload}
+    at, how = (count, split) if holds else (n, cut)
+    best = guess = None
+    if at is not None:
+        of_speed |= {"engine": engine, "gpus": at, "split": how}
+        best = limit(model, technique, device, **of_speed)
+        guess = expected(model, technique, device, **of_speed)
+    likely = guess or Expected(math.nan, math.nan, math.nan, 0, "", "")
+    return {
+        "model": model.name,
+        "technique": technique,
+        "gpu": device.name,
+        **workload,
+        "engine": name,
+        "gpus": count,
+        **need,
+        "gpu_memory_bytes": device.memory_bytes,
+        "room_bytes": room(device, name),
+        "fits": holds,
+        "fewest_gpus": n,
+        "split": cut,
+        "limit_tokens_per_s": best,
+        "expected_tokens_per_s": likely.tokens_per_s,
+        "expected_low": likely.low,
+        "expected_high": likely.high,
+        "expected_rows": likely.rows,
+        "expected_from": likely.sources,
+        "expected_engines": likely.engines,
+        "error": prediction_error(technique),
+    }
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    import sys
+
+    from helpers.series import advice  # which builds on this module
+
+    sys.exit(advice.main())
