@@ -132,8 +132,12 @@ class HostEvent:
 
 def mark(device: str):
     """An event that is recorded now, behind all that the device was given."""
-    event = torch.cuda.Event(enable_timing=True) if memory.is_cuda(device) else HostEvent()
-    event.record()
+    if not memory.is_cuda(device):
+        event = HostEvent()
+        event.record()
+        return event
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
     return event
 
 
@@ -209,16 +213,17 @@ def stamps(setting: Setting) -> list[Finding]:
     timing.synchronize(setting.device)
     latency_s = first.elapsed_time(last) / 1e3
     ends_s = [first.elapsed_time(end) / 1e3 for end in ends]
+    # by a little early: the events begin before the prompt is copied to the card
     late = np.subtract(run.stamps_s, ends_s) / np.median(run.inter_token_s)
     each = by_passes.stamps_s == list(range(1, setting.new_tokens + 1))
-    lateness = f"{late.min():+.2f} to {late.max():+.2f} steps after it, expected −0.1 to +0.6"
+    lateness = f"{late.min():+.2f} to {late.max():+.2f} steps after it, expected −0.3 to +0.6"
     return [
         setting.judge("a stamp for every pass, none a pass late", f"{each}", each, False),
         setting.between("latency by events ÷ by the clock", latency_s / run.latency_s, 0.98, 1.02),
         setting.judge(
             "stamps against the end of their pass on the device",
             lateness,
-            late.min() >= -0.1 and late.max() <= 0.6,
+            late.min() >= -0.3 and late.max() <= 0.6,
         ),
     ]
 
@@ -416,8 +421,8 @@ def lesson(number: str) -> Callable[[Setting], list[Finding]]:
         except processes.ServingError as error:
             out_of_time = time.time() >= setting.ends_at
             return [Finding("the run", str(error), NOT_HERE if out_of_time else FAILED)]
-        (path,) = records.glob(f"*/*/**/{number}_*.json")
-        return rows_of(setting, path)
+        paths = records.glob(f"*/*/**/{number}_*.json")
+        return rows_of(setting, max(paths, key=lambda path: path.stat().st_mtime))
 
     return run
 
@@ -480,9 +485,9 @@ def make_model(setting: Setting) -> list[Finding]:
 def run_part(name: str, part: Part, setting: Setting) -> dict:
     """Run one part if the time left holds it; as the report keeps it."""
     given_s = part.card_s if setting.on_card else part.rehearsal_s
-    left_s = setting.ends_at - time.time()
+    left_s = max(0.0, setting.ends_at - time.time())
     if given_s > left_s:
-        seen = f"needs {given_s:.0f} s, {max(0, left_s):.0f} are left"
+        seen = f"needs {given_s:.0f} s, {left_s:.0f} are left"
         return {"part": name, "verdict": "skipped", "seconds": 0.0, "findings": [], "why": seen}
     start = time.perf_counter()
     try:
@@ -559,7 +564,7 @@ def main(arguments: list[str] | None = None) -> int:
         title = f"Rehearsal on a CPU, which says nothing about a card. {title}"
     console.print(title)
     done = []
-    chosen = {"model": Part(make_model, 75, 1)}
+    chosen = {"model": Part(make_model, 0, 0)}  # whatever the time: all others need it
     chosen |= {name: part for name, part in PARTS.items() if name in options.parts}
     for name, part in chosen.items():
         done.append(run_part(name, part, setting))
