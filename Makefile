@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/ready-$(EXTRA)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: run deeper test test-slow lint reference bench soak readme schema publish constraints clean clean-cache
+.PHONY: run deeper test test-slow lint reference gpu-check bench soak readme schema publish constraints clean clean-cache
 
 run: $(READY)
 	$(PY) -m helpers.series.run
@@ -29,6 +29,10 @@ reference: $(READY)
 	$(PY) -m helpers.series.run --deeper --reference
 	$(PY) -m helpers.series.run --reference
 	$(PY) -m helpers.series.report
+
+# Sets nothing up, so that it runs on a bare machine with a card and torch: .venv where there is one.
+gpu-check:
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m tests.bench.gpu $(if $(SECONDS),--seconds $(SECONDS))
 
 bench: $(READY)
 	status=0; for part in measuring engines serving; do $(PY) -m tests.bench.$$part || status=1; done; exit $$status

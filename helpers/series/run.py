@@ -175,6 +175,22 @@ def run_all(
     return failed
 
 
+def run_batch(options: argparse.Namespace, console: Console) -> int:
+    """`--matrix`: the exit status, 1 where a cell failed, 2 where nothing could begin."""
+    from helpers.series import matrix  # which itself uses this module
+
+    out = options.out or results.ROOT / "runs" / "matrix" / options.matrix.stem
+    if options.only or options.parameters or options.deeper or options.reference:
+        console.print("[red]--matrix: lessons and parameters stand in its file.[/red]")
+        return 2
+    try:
+        failed = matrix.run_matrix(options.matrix, out.resolve(), console, options.ray)
+    except (ValueError, ImportError, ConnectionError) as error:
+        console.print(f"[red]{error}[/red]")
+        return 2
+    return int(failed > 0)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m helpers.series.run", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="NN", help="notebooks that begin so: 01 03")
@@ -183,8 +199,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=value")
     parser.add_argument("--out", type=Path, help="folder of the executed copies")
     parser.add_argument("--reference", action="store_true", help="write into notebooks/, stamped")
+    parser.add_argument("--matrix", type=Path, metavar="FILE", help="models × parameters × lessons")
+    parser.add_argument(
+        "--ray", nargs="?", const="local", metavar="ADDRESS", help="its cells on a Ray cluster"
+    )
     options = parser.parse_args(arguments)
     console = Console()
+    if options.matrix is not None:
+        return run_batch(options, console)
     try:
         chosen = notebooks(options.only, options.deeper)
         defaults = {}
