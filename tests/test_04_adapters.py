@@ -221,9 +221,9 @@ def judged(identity: str, *rows: results.Record) -> pd.Series:
 @pytest.mark.parametrize(
     ("share", "ends", "verdict"),
     [
-        (0.3, [0.2, 0.4], "confirmed"),
-        (0.8, [0.5, 1.1], "within noise"),
-        (1.4, [1.2, 1.6], "refuted"),
+        (0.3, [0.2, 0.4], "holds here"),
+        (0.8, [0.5, 1.1], "undecided"),
+        (1.4, [1.2, 1.6], "does not hold here"),
     ],
 )
 def test_recovery_is_judged_by_the_interval_of_the_loss_that_is_left(share, ends, verdict):
@@ -233,9 +233,9 @@ def test_recovery_is_judged_by_the_interval_of_the_loss_that_is_left(share, ends
     ]:
         details = {"loss_left_share": share, "loss_left_share_ci95": ends}
         row = a_record(technique="adapters", id=name, variant=name, details=details)
-        assert judged(identity, row)["direction"] == verdict
+        assert judged(identity, row)["verdict"] == verdict
         bare = a_record(technique="adapters", id=name, variant=name, nll_delta=-0.3)
-        assert judged(identity, bare)["direction"] == "not measured"  # the domain's gain is none
+        assert judged(identity, bare)["verdict"] == "not testable here"  # no recovery
 
 
 # ---- recovery, beyond the domain's gain

@@ -226,15 +226,15 @@ def test_of_several_rivals_the_fastest_counts():
 
     nf4 = quantized("nf4", [1.5, 1.515, 1.485])
     slow, fast = quantized("fp16", [1.8, 1.82, 1.79]), quantized("bf16", [1.2, 1.21, 1.19])
-    assert verdict_of("nf4-speed", [slow, nf4])["direction"] == "confirmed"
-    assert verdict_of("nf4-speed", [slow, fast, nf4])["direction"] == "refuted"
+    assert verdict_of("nf4-speed", [slow, nf4])["verdict"] == "holds here"
+    assert verdict_of("nf4-speed", [slow, fast, nf4])["verdict"] == "does not hold here"
 
 
-@pytest.mark.parametrize(("peak", "said"), [(560, "confirmed"), (720, "refuted")])
+@pytest.mark.parametrize(("peak", "said"), [(560, "holds here"), (720, "does not hold here")])
 def test_half_the_memory_is_half_and_not_only_less(peak, said):
     of = {"technique": "quantization"}
     rows = [a_record(**BASE | of), variant([1.5] * 3, peak, **of, id="int8", variant="int8")]
-    assert verdict_of("int8-memory", rows)["direction"] == said
+    assert verdict_of("int8-memory", rows)["verdict"] == said
 
 
 def test_throughput_counts_work_not_runs():
