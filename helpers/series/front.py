@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import PlaceHolderLayoutEngine
 from matplotlib.ticker import NullLocator
 
 from helpers import plots, results
@@ -104,7 +105,8 @@ def chart(rows: pd.DataFrame, where: str) -> Figure:
     where : model and machine, for the line under the title.
     """
     height = 0.97 + 0.215 * len(rows)
-    figure = plt.figure(figsize=(plots.COLUMN, height), layout="none")
+    figure = plt.figure(figsize=(plots.COLUMN, height))
+    figure.set_layout_engine(PlaceHolderLayoutEngine(True, True))  # every part has its place below
     figure.suptitle(
         "What each technique gains, and what it costs", x=0.01, y=0.99, ha="left", weight="bold"
     )
