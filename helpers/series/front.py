@@ -39,7 +39,8 @@ def picks(records: list[Record]) -> pd.DataFrame:
         named = [r for r in lesson if fnmatch.fnmatchcase(r.id, pick["variant"])]
         if named:
             rows.append(_picked(pick["label"], named[0], lesson))
-    return pd.DataFrame(rows)
+    columns = list(_picked("", records[0], records)) if records else []
+    return pd.DataFrame(rows, columns=columns).astype({"foreign": bool, "is_worse": bool})
 
 
 def _picked(label: str, record: Record, lesson: list[Record]) -> dict:
