@@ -57,6 +57,7 @@ def test_the_sentence_counts_what_gains_and_what_loses_nothing():
     assert worse.startswith("On here: 1 of the 1 variants whose speed is shown")
     assert "no measurable loss" not in worse
     assert "1 of them with no measurable loss" in front.sentence(rows_of(**FAST, **NO_LOSS), "x")
+    assert "no measurable loss" not in front.sentence(rows_of(**FAST), "x")  # not scored
     slow = {"speedup": 1.1, "speedup_ci95": (0.9, 1.3)}
     assert "0 of the 1 variants" in front.sentence(rows_of(**slow, **NO_LOSS), "x")
 

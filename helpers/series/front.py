@@ -22,6 +22,7 @@ from helpers.series import claims
 FASTER, SLOWER, NEITHER = "#0072b2", "#d55e00", "0.45"
 LOST = "#cf3a4c"  # seen on white paper and on dark
 MARKS = "*†‡§¶"
+UNCHANGED, SAME_TEXT = "unchanged", "same text"
 
 
 def picks(records: list[Record]) -> pd.DataFrame:
@@ -84,10 +85,10 @@ def _quality(record: Record) -> tuple[str, bool]:
         same = record.details.get("same_text_share")
         if same is None:
             return "–", False
-        return ("same text" if same == 1 else f"{same:.0%} same text"), False
+        return (SAME_TEXT if same == 1 else f"{same:.0%} {SAME_TEXT}"), False
     low, high = record.nll_delta_ci95 or (-math.inf, math.inf)
     if low <= 0 <= high:
-        return "unchanged", False
+        return UNCHANGED, False
     change = math.expm1(record.nll_delta)
     decimals = 0 if abs(change) >= 0.1 else 1
     return f"{change:+.{decimals}%}".replace("-", "−"), low > 0
@@ -219,7 +220,7 @@ def lesson_rows(rows: pd.DataFrame, titles: dict[str, str]) -> pd.DataFrame:
 def sentence(rows: pd.DataFrame, where: str) -> str:
     """What the picked rows say, counted: how many gain, how many of them lose nothing."""
     faster = rows[(rows.low > 1) & (rows.high > 1 + claims.ALIKE)]  # else it is as fast
-    free = faster[~faster.is_worse & (faster.quality != "tuned")]
+    free = faster[faster.quality.isin([UNCHANGED, SAME_TEXT])]  # what was not scored is not free
     smaller = rows[rows.memory_share < 0.95]
     compared = int(rows.speedup.notna().sum())
     text = (
