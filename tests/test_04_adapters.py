@@ -208,9 +208,12 @@ def test_colab_is_judged_by_a_plan_of_the_article_s_model(own):
     planned = own["plan"](falcon, "bf16").bytes
     kept = tuning.checkpointed_bytes(falcon, tokens=512)
     assert planned["qlora"] + kept < planned["lora"] < planned["full"]
-    facts = pd.read_csv(claims.DATA / "claims.csv").set_index("id")
     t4 = planner.gpu("t4").memory_bytes
-    assert facts.loc["qlora-fits", "quantity"] == f"colab_train_bytes/{t4}"
+    for nbytes, said in [(t4, "holds here"), (t4 + 1, "does not hold here")]:
+        row = a_record(technique="adapters", details={"colab_train_bytes": int(nbytes)})
+        verdict = judged("qlora-fits", row)
+        assert verdict["verdict"] == said
+        assert verdict["decided on"] == "the planner's bytes and a t4; nothing was run"
 
 
 def judged(identity: str, *rows: results.Record) -> pd.Series:

@@ -4,8 +4,9 @@ does.
 A claim compares one quantity of two records (ids, `*` for a number of ranks): speed (paired 95 %
 interval, one engine), throughput (useful tokens/s, engines may differ), memory (peak above what was
 resident before), weights (bytes), perplexity (interval of the paired log-likelihood), or a/b: a
-field or detail of one over a field or detail of the other, or over a number. Two kinds need no
-pair: `compromise` counts over all records, `degrees` reads a model's configuration. A row that
+field or detail of one over a field or detail of the other, or over a number. Three kinds need no
+pair: `compromise` counts over all records, `degrees` reads a model's configuration, `fits` holds
+bytes that a lesson planned for another model (`details`) against a card. A row that
 `needs` something which no lesson has (a model of 7 billion parameters) is not testable here. What
 several CPU processes did in place of GPUs is no evidence on speed.
 """
@@ -229,6 +230,21 @@ def _compromise(fact: dict, records: list[Record]) -> dict:
     }
 
 
+def _fits(fact: dict, records: list[Record]) -> dict:
+    """Do the bytes that were planned, and not measured, fit on a card?"""
+    name, card = fact["variant"], fact["compared_with"]
+    planned = [r.details[name] for r in records if name in r.details]
+    if not planned:
+        return _untested(f"no plan of {name}")
+    share = planned[0] / planner.gpu(card).memory_bytes
+    return {
+        "here": f"{share:.2f}×",
+        "verdict": HOLDS if share <= 1 else FAILS,
+        "size": "–",
+        "decided on": f"the planner's bytes and a {card}; nothing was run",
+    }
+
+
 def _degrees(fact: dict, records: list[Record]) -> dict:
     model = planner.describe(fact["variant"])
     return {
@@ -246,4 +262,4 @@ RATIOS = {
     "perplexity": _perplexity,
     "weights": lambda one, other: _over(one.weight_bytes, other.weight_bytes),
 }
-WHOLE = {"compromise": _compromise, "degrees": _degrees}
+WHOLE = {"compromise": _compromise, "degrees": _degrees, "fits": _fits}
