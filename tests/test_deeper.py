@@ -16,39 +16,24 @@ for path in run.notebooks(deeper=True):
         marks = UNSEEN if path.stem in NOT_SEEN else ()
         DEEPER.append(pytest.param(path, id=path.stem, marks=marks))
 TECHNIQUE = {path.stem[:2]: path.stem[3:] for path in run.notebooks()}
-RECORDS_NOTHING = {"07_predicted_speed"}  # it reads what lesson 7 and its own probes give
 
 
-def execute(path, folder, monkeypatch, cwd=None, **given) -> list[results.Results]:
-    """Run a notebook with the small numbers of its metadata; the files that it left."""
-    monkeypatch.setenv("SEVEN_PROFILE", "smoke")
-    given = run.smoke_parameters(path) | given
-    given |= {"RESULTS_DIR": str(folder / "results"), "FIGURES_DIR": str(folder / "figures")}
-    papermill.execute_notebook(
-        str(path),
-        str(folder / "out.ipynb"),
-        given,
-        cwd=str(cwd or path.parent),
-        progress_bar=False,
-    )
-    files = sorted((folder / "results").rglob(f"{path.stem[:2]}_*.json"))
-    return [results.read(file) for file in files]
+def files_of(folder) -> list[results.Results]:
+    """What a notebook of several models left: a file each."""
+    return [results.read(file) for file in sorted((folder / "results").rglob("[0-9]*.json"))]
 
 
 @pytest.mark.slow
 @pytest.mark.notebook
 @pytest.mark.parametrize("path", DEEPER)
-def test_an_optional_notebook_runs_and_records_under_its_lesson(path, tmp_path, monkeypatch):
-    files = execute(path, tmp_path, monkeypatch)
-    assert bool(files) == (path.stem not in RECORDS_NOTHING)
-    for file in files:
-        assert file.run.finished and file.run.profile == "smoke"
-        assert results.undeclared_details(file.records) == []
-        assert {record.technique for record in file.records} == {TECHNIQUE[path.stem[:2]]}
-        failed = [(row.id, row.reason) for row in file.records if row.status == "failed"]
-        assert not failed
+def test_an_optional_notebook_runs_and_records_under_its_lesson(path, run_lesson):
+    ran = run_lesson(f"deeper/{path.stem}")
+    assert ran.run.finished and ran.run.profile == "smoke"
+    assert {record.technique for record in ran.records} == {TECHNIQUE[path.stem[:2]]}
+    failed = [(row.id, row.reason) for row in ran.records if row.status == "failed"]
+    assert not failed
     if path.stem == "02_size":
-        check_sizes(files)
+        check_sizes(files_of(ran.folder))
 
 
 def check_sizes(files) -> None:
@@ -72,8 +57,17 @@ def test_sizes_and_formats_that_do_not_fit_are_rows(tmp_path, monkeypatch):
     at = next(i for i, cell in enumerate(notebook.cells) if "plots.use_style()" in cell.source)
     notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(SMALL))
     nbformat.write(notebook, tmp_path / path.name)
-    shapes = ["tiny-llama", "tiny-falcon", "smollm2-135m"]
-    files = execute(tmp_path / path.name, tmp_path, monkeypatch, path.parent, SHAPES=shapes)
+    monkeypatch.setenv("SEVEN_PROFILE", "smoke")
+    given = run.smoke_parameters(path) | {"SHAPES": ["tiny-llama", "tiny-falcon", "smollm2-135m"]}
+    given |= {"RESULTS_DIR": str(tmp_path / "results"), "FIGURES_DIR": str(tmp_path / "figures")}
+    papermill.execute_notebook(
+        str(tmp_path / path.name),
+        str(tmp_path / "out.ipynb"),
+        given,
+        cwd=str(path.parent),
+        progress_bar=False,
+    )
+    files = files_of(tmp_path)
     rows = {file.records[0].model: {row.id: row for row in file.records} for file in files}
     llama = rows["random:tiny-llama"]
     assert llama.pop("fp32").reason.startswith("needs ")
