@@ -402,7 +402,8 @@ def describe(name: str) -> Model:
         net = meta_model(whole)
     except ValueError as error:
         raise ValueError(
-            f"{name!r} is no causal language model ({whole.model_type}); the planner knows no other."
+            f"{name!r} is no causal language model ({whole.model_type}); the planner knows no "
+            "other."
         ) from error
     config, shares = net.config, limits.read_shares(net)
     embedding, head = net.get_input_embeddings().weight, net.get_output_embeddings().weight

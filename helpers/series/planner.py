@@ -482,7 +482,7 @@ def expected(
 
 @functools.cache
 def speed_errors() -> pd.Series:
-    """Expected ÷ published tokens/s of every published row that is left out while it is expected."""
+    """Expected ÷ published tokens/s of each published row, left out while it is expected."""
     ratios = {}
     for row in runs().itertuples():
         how = {key: getattr(row, key) for key in ("technique", "engine", "gpus", "split", "batch")}
