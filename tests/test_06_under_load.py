@@ -78,8 +78,9 @@ def test_nobody_answered():
 
 def test_a_closed_loop_hides_who_would_have_waited():
     """As many clients as slots never wait; one more waits for the slot that is free next."""
-    assert load_figures.closed_loop_waits([3, 1, 2, 2], 2, 2).tolist() == [0, 0, 0, 0]
-    assert load_figures.closed_loop_waits([3, 1, 2, 2], 3, 2).tolist() == [0, 0, 1, 2]
+    waits = run.definitions("deeper/06_under_load")["closed_loop_waits"]
+    assert waits([3, 1, 2, 2], 2, 2).tolist() == [0, 0, 0, 0]
+    assert waits([3, 1, 2, 2], 3, 2).tolist() == [0, 0, 1, 2]
 
 
 def test_every_figure_of_a_load_is_declared():

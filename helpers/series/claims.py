@@ -12,6 +12,7 @@ several CPU processes did in place of GPUs is no evidence on speed.
 """
 
 import fnmatch
+import functools
 import math
 import statistics
 from pathlib import Path
@@ -69,22 +70,35 @@ def judge(fact: dict, records: list[Record]) -> dict:
         return row | _untested(f"needs {fact['needs']}")
     if fact["quantity"] in WHOLE:
         return row | WHOLE[fact["quantity"]](fact, records)
-    one = _find(records, fact["technique"], fact["variant"])
-    other = _find(records, fact["technique"], fact["compared_with"])
-    for record, name in ((one, fact["variant"]), (other, fact["compared_with"])):
-        if record is None:
-            return row | _untested(f"no measured row {name}")
-    of_speed = fact["quantity"] in ("speed", "throughput")
-    if of_speed and (shares_a_cpu(one) or shares_a_cpu(other)):
-        return row | _untested("ranks share one CPU")
-    gain = (
-        RATIOS[fact["quantity"]](one, other)
-        if fact["quantity"] in RATIOS
-        else _share(fact["quantity"], one, other)
-    )
+    gain, decided_on = compare(records, fact)
     if gain is None:
-        return row | _untested(f"{one.id} and {other.id} were not measured alike")
-    return row | _verdict(gain, fact["direction"], said) | {"decided on": _evidence(one, other)}
+        return row | _untested(decided_on)
+    return row | _verdict(gain, fact["direction"], said) | {"decided on": decided_on}
+
+
+def compare(records: list[Record], asked: dict) -> tuple[timing.Ratio | None, str]:
+    """The ratio of two records in one quantity, and what it rests on; or None, and why.
+
+    asked : technique, variant, compared_with, quantity, as in `data/claims.csv`.
+    """
+    quantity = asked["quantity"]
+    one = _find(records, asked["technique"], asked["variant"])
+    other = _find(records, asked["technique"], asked["compared_with"])
+    for record, name in ((one, asked["variant"]), (other, asked["compared_with"])):
+        if record is None:
+            return None, f"no measured row {name}"
+    if quantity in ("speed", "throughput") and (shares_a_cpu(one) or shares_a_cpu(other)):
+        return None, "ranks share one CPU"
+    of_kind = RATIOS.get(quantity) or functools.partial(_share, quantity)
+    gain = of_kind(one, other)
+    if gain is None:
+        return None, f"{one.id} and {other.id} were not measured alike"
+    return gain, _evidence(one, other)
+
+
+def shown(gain: timing.Ratio) -> str:
+    """The ratio with its interval, if it has one."""
+    return interval(gain.value, gain[1:] if gain.low else None, unit="×")
 
 
 def _untested(why: str) -> dict:
@@ -128,9 +142,8 @@ def _size(low: float, high: float, direction: str, article: float | None) -> str
 
 def _verdict(gain: timing.Ratio, direction: str, article: float | None) -> dict:
     low, high = gain.low or gain.value, gain.high or gain.value
-    ends = gain[1:] if gain.low else None
     return {
-        "here": interval(gain.value, ends, unit="×"),
+        "here": shown(gain),
         "verdict": _direction(low, high, direction),
         "size": _size(low, high, direction, article),
     }

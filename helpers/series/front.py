@@ -47,31 +47,28 @@ def picks(records: list[Record]) -> pd.DataFrame:
 def _picked(label: str, record: Record, lesson: list[Record]) -> dict:
     by_id = {other.id: other for other in lesson}
     baseline = by_id.get(record.baseline)
-    low, high = record.speedup_ci95 or (math.nan, math.nan)
-    row = {
+    speed = (math.nan, math.nan, math.nan)
+    if record.speedup and not results.shares_a_cpu(record):
+        speed = (record.speedup, *(record.speedup_ci95 or speed[1:]))
+    quality, is_worse = _quality(record)
+    return {
         "label": label,
         "technique": record.technique,
         "id": record.id,
         "model": record.model,
         "baseline": record.baseline or "",
         "foreign": baseline is not None and baseline is not lesson[0],
-        "speedup": record.speedup or math.nan,
-        "low": low,
-        "high": high,
-        "memory_share": math.nan,
+        **dict(zip(("speedup", "low", "high"), speed, strict=True)),
+        "memory_share": _memory_share(record, baseline),
         "status": record.status,
+        "quality": quality,
+        "is_worse": is_worse,
     }
-    if results.shares_a_cpu(record):
-        row |= {"speedup": math.nan, "low": math.nan, "high": math.nan}
-    if baseline:
-        row["memory_share"] = _memory_share(record, baseline)
-    quality, is_worse = _quality(record)
-    return row | {"quality": quality, "is_worse": is_worse}
 
 
-def _memory_share(record: Record, baseline: Record) -> float:
+def _memory_share(record: Record, baseline: Record | None) -> float:
     """Peak above the start over that of the baseline; of several ranks, the fullest one's."""
-    shares = claims.RATIOS["memory"](record, baseline)
+    shares = baseline and claims.RATIOS["memory"](record, baseline)
     return shares.value if shares else math.nan
 
 
@@ -246,9 +243,7 @@ def surprises(records: list[Record]) -> list[str]:
     """A question and its figure, for each line of `data/surprises.csv` that has both records."""
     lines = []
     for ask in pd.read_csv(claims.DATA / "surprises.csv").to_dict("records"):
-        fact = {"claim": ask["question"], "direction": "up", "article_value": math.nan}
-        fact |= {"article_figures": "", "needs": math.nan}
-        found = claims.judge(ask | fact, records)
-        if found["here"] != "–":
-            lines.append(f"- {ask['question']} **{found['here']}** ({found['decided on']})")
+        gain, decided_on = claims.compare(records, ask)
+        if gain:
+            lines.append(f"- {ask['question']} **{claims.shown(gain)}** ({decided_on})")
     return lines

@@ -1,6 +1,5 @@
 """What requests met at each rate of a load, as figures: for lesson 06's load test."""
 
-import heapq
 import itertools
 from typing import NamedTuple
 
@@ -75,18 +74,3 @@ def summary(runs: list[dict], first_limit_s: float, token_limit_s: float) -> dic
             value = float(np.percentile(values, percentile)) if len(values) else None
             details[f"{name}_p{percentile}_s"] = value
     return details
-
-
-def closed_loop_waits(lengths: list[int], clients: int, slots: int) -> np.ndarray:
-    """Steps that clients wait for a slot, who ask again as soon as they have their answer: a
-    simulation of answers of these lengths, a token a step.
-    """
-    asks, free = [0.0] * clients, [0.0] * slots  # when each asks next, and is free
-    waits = []
-    for length in lengths:
-        asked = heapq.heappop(asks)
-        start = max(asked, heapq.heappop(free))
-        waits.append(start - asked)
-        heapq.heappush(asks, start + length)
-        heapq.heappush(free, start + length)
-    return np.array(waits)

@@ -77,33 +77,24 @@ def load(
     there = results.machines_with_results(str(base))
     known = ", ".join(there) or "none"
     slugs = machines or ([machine.slug()] if machine.slug() in there else list(there))
-    if not slugs or (not machines and len(slugs) > 1):
+    unknown = [slug for slug in slugs if slug not in there]
+    if unknown or not slugs or (not machines and len(slugs) > 1):
+        absent = ", ".join(unknown) or machine.slug()
         raise ValueError(
-            f"No results for {machine.slug()}: run the lessons first (make run), or name one of "
-            f"MACHINES that has some ({known})."
+            f"No results for {absent}: run the lessons first (make run), or name one of MACHINES "
+            f"that has some ({known})."
         )
     found, sentences = {}, []
     for slug in slugs:
-        if slug not in there:
-            raise ValueError(
-                f"No results for {slug}: run the lessons first (make run), or name one of "
-                f"MACHINES that has some ({known})."
-            )
         chosen = models or [_most_lessons(base, slug, there[slug])]
         for model in chosen:
             folder = results.profile_folder(base / slug / model)
             lessons, refused = results.read_all(folder)
             sentences += refused
             if not lessons:
-                raise ValueError(
-                    " ".join(
-                        [
-                            *refused,
-                            f"No results of {model} on {slug}: run the lessons first "
-                            f"(make run), or name one of MODELS ({', '.join(there[slug])}).",
-                        ]
-                    )
-                )
+                none = f"No results of {model} on {slug}: run the lessons first (make run), or name"
+                none += f" one of MODELS ({', '.join(there[slug])})."
+                raise ValueError(" ".join([*refused, none]))
             limits = results.read_limits(base / slug)
             found[f"{slug} · {model}"] = Found(slug, model, lessons, limits, folder)
             absent = ", ".join(missing(lessons)) or "no lesson"
