@@ -74,6 +74,8 @@ def cache_in_words(model: Model) -> str:
         part = f"{count} × {layer.position:,}"
         if layer.window < math.inf:
             part += f" (at most {layer.window:,.0f} positions)"
+        if not layer.position:  # whatever the length
+            part = f"{count} states of {layer.state + layer.float32_state:,}"
         parts.append(part)
     return " + ".join(parts)
 
@@ -163,7 +165,8 @@ def sizes() -> pd.DataFrame:
 def speeds() -> pd.DataFrame:
     """A row for each engine, technique, and number of GPUs of the published speeds."""
     rows = []
-    for (engine, technique, cut), same in planner.speeds().groupby(["engine", "technique", "cut"]):
+    alike = planner.speeds(planner.runs()).groupby(["engine", "technique", "cut"])
+    for (engine, technique, cut), same in alike:
         rows.append(
             {
                 "engine": engine,
