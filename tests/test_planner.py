@@ -873,6 +873,16 @@ def test_expected_speeds_rank_as_the_published_ones():
     assert planner.expected(falcon, "q4_K_M", card) is None
 
 
+def test_autocast_entered_for_each_token_moves_eight_bytes_a_parameter():
+    falcon, card = planner.describe("falcon-7b"), planner.gpu("a100-40gb")
+    read = planner.parameters(falcon)["read"]
+    anew = planner.limit(falcon, "fp16-autocast", card, engine="litgpt")
+    kept = planner.limit(falcon, "fp16-autocast", card)
+    assert anew == pytest.approx(card.bandwidth_bytes_per_s / (8 * read), rel=1e-3)
+    assert kept == pytest.approx(card.bandwidth_bytes_per_s / (2 * read), rel=1e-3)
+    assert 17.73 < anew  # what the article measured with its loop
+
+
 def test_a_small_model_on_a_large_card_is_bound_by_its_launches():
     card = planner.gpu("h100")
     small, large = planner.describe("qwen3-0.6b"), planner.describe("llama-3.1-8b")

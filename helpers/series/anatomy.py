@@ -19,7 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from helpers import limits, models
+from helpers import limits, memory, models
 
 CONFIGS = Path(__file__).parent.parent / "data" / "configs"
 # what llama.cpp's mixes give more bits in half of the layers: attn_v and ffn_down
@@ -48,6 +48,7 @@ class Engine(NamedTuple):
     by_layers: bool = False  # several GPUs hold whole layers, unless one asks for more
     eager: bool = False  # a kernel launch for each operation, from Python
     kv_bytes: tuple[tuple[int, float], ...] = ()  # bits of a quantized cache: bytes a number
+    casts_each_step: bool = False  # autocast is entered for each token: no copy is kept
 
 
 ENGINES = {
@@ -73,6 +74,7 @@ ENGINES = {
         sequential_cache_item=4,
         transient_copies=2,
         eager=True,
+        casts_each_step=True,  # as the article's loop does it
     ),
     "lit-llama": Engine(unties=True, quantizes_head=True, loads_in_16_bit=True, eager=True),
     "gpt-fast": Engine(quantizes_head=True, transient_copies=0),
@@ -314,14 +316,6 @@ def _first(config, *names: str, default):
     )
 
 
-def _kv_heads(config, heads: int) -> int:
-    if getattr(config, "multi_query", False) and not getattr(
-        config, "new_decoder_architecture", False
-    ):
-        return 1
-    return _first(config, "num_kv_heads", "num_key_value_heads", default=heads)
-
-
 def meta_model(config):
     """The model of a configuration on the meta device: shapes without weights, in bfloat16."""
     config = copy.deepcopy(config.get_text_config())
@@ -443,7 +437,7 @@ def describe(name: str) -> Model:
         config.num_hidden_layers,
         hidden,
         heads,
-        _kv_heads(config, heads),
+        memory.kv_heads(config) if heads > 1 else 1,
         _first(config, "head_dim", default=hidden // heads),
         _first(
             config, "intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner", default=4 * hidden

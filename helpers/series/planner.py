@@ -196,8 +196,11 @@ def limit(
     flops = 0
     for tensor in anatomy.stored(model, t, e):
         stored_bytes = sum(tensor.parts)
-        if technique.endswith("autocast"):  # its copies in 16 bits are kept, and read alone
-            stored_bytes = tensor.parts[-1]
+        if technique.endswith("autocast") and len(tensor.parts) > 1:
+            if e.casts_each_step:  # float32 is read, the copies in 16 bits written and read
+                stored_bytes += tensor.parts[-1]
+            else:  # the copies are kept, and read alone
+                stored_bytes = tensor.parts[-1]
         read += stored_bytes * tensor.count * reads.get(tensor.kind, 1)
         flops += 2 * batch * tensor.values * tensor.count * works.get(tensor.kind, 1)
     peak = gpu.fp32_flop_per_s if technique == "fp32" else gpu.fp16_flop_per_s

@@ -55,7 +55,9 @@ UNKNOWN = """## What is not known
 - The towers of models of several media are not counted; the answer says so.
 - What a model caches that transformers' own cache classes do not hold is refused in one sentence.
 - vLLM: its CUDA graphs are not counted, and its peaks are published nowhere that was found;
-16,384 or 2,048 tokens a step on some cards instead of 8,192.
+16,384 or 2,048 tokens a step on some cards instead of 8,192. Of latent attention it keeps the
+first projections whole on every GPU and a copy of the last in 16 bits: by its source 1.5 % of an
+eighth of DeepSeek-V3, not counted either.
 - No speed of FP8, MXFP4, NVFP4 and of llama.cpp on a GPU is among the published rows: only the
 limit is told.
 - Caches in 8 and 4 bits are sums of bytes, met by no published peak.
