@@ -6,7 +6,9 @@ says whether one of them is stale.
 
 import argparse
 import dataclasses
+import os
 import sys
+import tempfile
 from itertools import chain
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import pandas as pd
 
 from helpers import machine, results
 from helpers.results import Record, Results
-from helpers.series import front, stamps
+from helpers.series import bundle, front, stamps
 from helpers.series.claims import claims, counts
 
 ROOT = results.ROOT
@@ -68,12 +70,23 @@ def load(
 
     Parameters
     ----------
-    machines : folder names; none: this machine, else the only one that has results.
+    machines : folder names; none: this machine, else the only one that has results; of bundles all.
     models : folder names; none: of each machine the one that most lessons have been run with.
+    results_dir : a folder of results, or bundles of them (`helpers.series.bundle`).
 
-    Raises ValueError, in one sentence, where there are no results.
+    Raises ValueError, in one sentence, where there are no results, or a bundle is refused.
     """
-    base = _base(results_dir)
+    places = results_dir.split(os.pathsep)
+    if not any(Path(place).expanduser().is_file() for place in places):
+        return _load(machines, models, _base(results_dir))
+    with tempfile.TemporaryDirectory() as folder:
+        for place in places:
+            bundle.unpack(Path(place).expanduser(), Path(folder))
+        machines = machines or list(results.machines_with_results(folder))
+        return _load(machines, models, Path(folder))
+
+
+def _load(machines: list[str], models: list[str], base: Path) -> tuple[dict[str, Found], list[str]]:
     there = results.machines_with_results(str(base))
     known = ", ".join(there) or "none"
     slugs = machines or ([machine.slug()] if machine.slug() in there else list(there))
@@ -116,7 +129,9 @@ def frame(found: dict[str, Found]) -> pd.DataFrame:
 
 
 def figures_folder(found: dict[str, Found], figures_dir: str = "") -> Path:
-    """Where 08 writes: below `figures_dir`, a reference run's `figures`, or beside the results."""
+    """Where 08 writes: below `figures_dir`, a reference run's `figures`, or beside the results; of
+    a bundle, where this machine's own would lie.
+    """
     places = list(found.values())
     name = Path("+".join(p.machine for p in places)) / "+".join(
         dict.fromkeys(p.model for p in places)
@@ -126,7 +141,7 @@ def figures_folder(found: dict[str, Found], figures_dir: str = "") -> Path:
     if results.is_reference():
         return ROOT / "figures" / name
     own = places[0].folder
-    if len(places) > 1 or own.is_relative_to(REFERENCE):
+    if len(places) > 1 or own.is_relative_to(REFERENCE) or not own.is_dir():
         return results.base_folder() / name / "figures"
     return own / "figures"
 
