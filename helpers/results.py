@@ -49,7 +49,8 @@ Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Bytes = Annotated[int, Field(ge=0)]
+Bytes = Annotated[int, Field(ge=0, lt=2**63)]
+Count = Annotated[int, Field(ge=1, lt=2**63)]
 Scalar = bool | int | Number | str | None
 
 
@@ -85,12 +86,12 @@ class Record(Strict):
     engine_version: str | None = None
     threads: int
     affinity: list[int]
-    world_size: int = 1
+    world_size: Count = 1
     model: str
     model_revision: str | None = None
     dtype: str | None = None
     device: str
-    batch_size: int = 1
+    batch_size: Count = 1
     prompt_tokens: int | None = None
     new_tokens: int | None = None
     seed: int | None = None
@@ -177,7 +178,7 @@ class Results(Strict):
     schema_: Literal[2] = Field(SCHEMA, alias="schema")
     machine: Machine
     run: Run
-    records: list[Record]
+    records: Annotated[list[Record], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _ids_fit(self):
@@ -479,7 +480,7 @@ class Lesson:
         try:
             content = self._file(finished=False).model_dump_json(by_alias=True, indent=1)
         except ValidationError as error:
-            raise ValueError(_first_fault(error)) from error
+            raise ValueError(first_fault(error)) from error
         write_atomically(self.partial, content + "\n")
 
     def finish(self) -> Path:
@@ -657,10 +658,11 @@ def _reasons(values: dict) -> dict[str, str]:
 # ---- reading
 
 
-def _first_fault(error: ValidationError) -> str:
+def first_fault(error: ValidationError) -> str:
+    """Where something that was read is not what it must be, and why, in one sentence."""
     first = error.errors()[0]
     where = ".".join(map(str, first["loc"])) or "the file"
-    return f"{where}: {first['msg']}."
+    return " ".join(f"{where}: {first['msg']}.".split())
 
 
 def read(path: Path) -> Results:
@@ -676,7 +678,7 @@ def read(path: Path) -> Results:
             raise ValueError("it is of the first edition (schema 1): run the lesson again.")
         return Results.model_validate(content)
     except ValidationError as error:
-        raise ValueError(f"{path.name} is refused as results: {_first_fault(error)}") from error
+        raise ValueError(f"{path.name} is refused as results: {first_fault(error)}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} cannot be read as results: {error}") from error
 
