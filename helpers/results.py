@@ -51,6 +51,10 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(ge=0, lt=2**63)]
 Count = Annotated[int, Field(ge=1, lt=2**63)]
+# what stands in tables and charts begins with a letter or digit and holds no markup: nothing that a
+# spreadsheet, a browser or LaTeX would obey
+Name = Annotated[str, Field(pattern=r"^[^\W_][^<>|`\\\r\n\t]*$")]
+PLAIN = str.maketrans("|<>`\\\n", "¦‹›'/ ")  # for sentences that hold others' words
 Scalar = bool | int | Number | str | None
 
 
@@ -75,22 +79,22 @@ class Record(Strict):
     has, flat, units in names; `helpers/data/details.csv` says what each means.
     """
 
-    technique: str
-    id: str
-    variant: str
-    baseline: str | None = None
-    sweep: str | None = None
+    technique: Name
+    id: Name
+    variant: Name
+    baseline: Name | None = None
+    sweep: Name | None = None
     status: Literal["ok", "oom", "unsupported", "failed"] = "ok"
     reason: str | None = None
-    engine: str = "transformers"
-    engine_version: str | None = None
+    engine: Name = "transformers"
+    engine_version: Name | None = None
     threads: int
     affinity: list[int]
     world_size: Count = 1
-    model: str
-    model_revision: str | None = None
-    dtype: str | None = None
-    device: str
+    model: Name
+    model_revision: Name | None = None
+    dtype: Name | None = None
+    device: Name
     batch_size: Count = 1
     prompt_tokens: int | None = None
     new_tokens: int | None = None
@@ -150,7 +154,7 @@ class Run(Strict):
 
 
 class Gpu(Strict):
-    name: str
+    name: Name
     memory_bytes: Bytes
     compute_capability: str
 
@@ -158,15 +162,15 @@ class Gpu(Strict):
 class Machine(Strict):
     """The machine as `helpers.machine.describe` tells it."""
 
-    slug: str
-    architecture: str
-    cpu: str
+    slug: Name
+    architecture: Name
+    cpu: Name
     cores: int
     instruction_sets: list[str]
     memory_bytes: Bytes
     gpus: list[Gpu]
     os: str
-    versions: dict[str, str]
+    versions: dict[Name, Name]
     cuda: str | None = None
     driver: str | None = None
     power_limit_w: list[float | None] = []
@@ -324,7 +328,8 @@ class Lesson:
         self.folder = folder
         self.parameters = parameters
         self.common = common
-        self.model, self.revision = models.identity(model)
+        name, self.revision = models.identity(model)
+        self.model = name.translate(PLAIN).lstrip(" _.=+-@'/")  # of a folder of any name
         self.machine = machine.describe(common["device"])
         self.commit = machine.commit()
         self.unread_bytes = 0
@@ -908,7 +913,7 @@ def table(records: list[Record], limits: MachineLimits | None = None) -> pd.Data
                 "perplexity": _cell(record.perplexity),
                 "Δ nll (nats)": interval(record.nll_delta, record.nll_delta_ci95, "+.4f"),
                 "same token": _cell(record.agreement, ".1%"),
-                "note": "; ".join(notes),
+                "note": "; ".join(notes).translate(PLAIN),
             }
         )
     return pd.DataFrame(rows).set_index("variant").rename_axis(None)
