@@ -394,6 +394,10 @@ def test_tables_are_written_for_write_ups(tmp_path):
     assert "| fp16" in (tmp_path / "table.md").read_text()
     text = (tmp_path / "table.tex").read_text()
     assert r"\toprule" in text and r"1.24$\times$" in text and "×" not in text
+    rows = pd.DataFrame({"variant": ["50% & a_b #1 {x} $y^2~"]})
+    report.write_table(rows, tmp_path, "special")
+    escaped = r"50\% \& a\_b \#1 \{x\} \$y\textasciicircum 2\textasciitilde"
+    assert escaped in (tmp_path / "special.tex").read_text()
 
 
 def measured_rows():

@@ -271,8 +271,8 @@ def _read_config(name: str):
         return AutoConfig.for_model(**json.loads(written[name.lower()].read_text()))
     try:
         return AutoConfig.from_pretrained(models.resolve(name, quantized=True))
-    except (OSError, ValueError) as error:
-        reason = str(error).replace("MODEL=", "")
+    except Exception as error:  # what a configuration must not say raises many things
+        reason = " ".join(str(error).replace("MODEL=", "").split())
         raise ValueError(
             f"{reason} Of those written in the project the nearest are {nearest(name, written)}."
         ) from error
@@ -396,13 +396,22 @@ def describe(name: str) -> Model:
     """
     whole = _read_config(name)
     try:
-        net = meta_model(whole)
-    except ValueError as error:
+        return _described(name, whole)
+    except Exception as error:  # transformers checks few of the numbers that it multiplies
         raise ValueError(
-            f"{name!r} is no causal language model ({whole.model_type}); the planner knows no "
-            "other."
+            f"{name!r} ({whole.model_type}) is no causal language model that the planner can "
+            f"build: {str(error).partition(chr(10))[0]}"
         ) from error
+
+
+def _described(name: str, whole) -> Model:
+    if whole.get_text_config().num_hidden_layers > 1000:  # each would be built
+        raise ValueError("no model has so many layers.")
+    net = meta_model(whole)
     config, shares = net.config, limits.read_shares(net)
+    experts_used = min(filter(None, shares.values()), default=1)
+    if not 0 < experts_used <= 1:
+        raise ValueError("it uses none or more of its experts than there are.")
     embedding, head = net.get_input_embeddings().weight, net.get_output_embeddings().weight
     linear = {id(m.weight) for m in net.modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
 
@@ -443,7 +452,7 @@ def describe(name: str) -> Model:
             config, "intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner", default=4 * hidden
         ),
         config.vocab_size,
-        min(filter(None, shares.values()), default=1),
+        experts_used,
         cache,
         getattr(config, "max_position_embeddings", None),
         own,

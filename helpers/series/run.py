@@ -116,7 +116,7 @@ def parse_parameters(pairs: list[str], defaults: dict) -> dict:
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not name.isidentifier():
-            raise ValueError(f"-p {pair}: write it as NAME=value.")
+            raise ValueError(f"-p {pair!r}: write it as NAME=value.")
         if name not in defaults:
             known = ", ".join(sorted(defaults))
             raise ValueError(f"unknown parameter {name}; these are known: {known}.")
@@ -129,7 +129,7 @@ def _of_the_caller(name: str, value):
     if not isinstance(value, str) or not value:
         return value
     path = Path(os.path.expanduser(value))  # unlike Path's own, it leaves an unknown user alone
-    is_model = name == "MODEL" and (path / "config.json").is_file()
+    is_model = name == "MODEL" and os.path.isfile(path / "config.json")  # False if too long
     if name in FOLDERS or is_model or value.startswith(("./", "../", "~")):
         return str(path.resolve())
     return value
@@ -160,18 +160,19 @@ def run_all(
     table = Table("notebook", "time", "outcome")
     failed = 0
     for number, notebook in enumerate(chosen, 1):
-        console.print(f"[bold]{number} of {len(chosen)}[/bold] {notebook.stem}")
+        console.print(f"{number} of {len(chosen)} {notebook.stem}", style="bold")
         start = time.perf_counter()
         outcome = run_one(notebook, out / notebook.name, given, profile, reference)
         seconds = time.perf_counter() - start
+        style = ""
         if outcome != "ok":
             failed += 1
-        style = "" if outcome == "ok" else "red"
+            style = "red"
         table.add_row(notebook.stem, f"{seconds:.0f} s", outcome, style=style)
     console.print(table)
-    where = given.get("RESULTS_DIR", "")
     console.print(f"executed copies in {os.path.relpath(out)}")
-    console.print(f"results below {os.path.relpath(results.base_folder(where))}")
+    base = results.base_folder(given.get("RESULTS_DIR", ""))
+    console.print(f"results below {os.path.relpath(base)}")
     return failed
 
 
@@ -181,14 +182,14 @@ def run_batch(options: argparse.Namespace, console: Console) -> int:
 
     out = options.out or results.ROOT / "runs" / "matrix" / options.matrix.stem
     if options.only or options.parameters or options.deeper or options.reference:
-        console.print("[red]--matrix: lessons and parameters stand in its file.[/red]")
+        console.print("--matrix: lessons and parameters stand in its file.", style="red")
         return 2
     try:
         failed = matrix.run_matrix(options.matrix, out.resolve(), console, options.ray)
     except (ValueError, ImportError, ConnectionError) as error:
-        console.print(f"[red]{error}[/red]")
+        console.print(str(error), style="red")
         return 2
-    return int(failed > 0)
+    return int(bool(failed))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -204,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--ray", nargs="?", const="local", metavar="ADDRESS", help="its cells on a Ray cluster"
     )
     options = parser.parse_args(arguments)
-    console = Console()
+    console = Console(markup=False)  # what a library says may be in brackets
     if options.matrix is not None:
         return run_batch(options, console)
     try:
@@ -221,8 +222,8 @@ def main(arguments: list[str] | None = None) -> int:
         models.resolve(given.get("MODEL", "auto"))
         device = machine.pick_device(given.get("DEVICE", "auto"))
         folder = results.model_folder(given.get("MODEL", "auto"), device)
-    except (ValueError, FileNotFoundError) as error:
-        console.print(f"[red]{error}[/red]")
+    except (ValueError, OSError) as error:
+        console.print(str(error), style="red")
         return 2
     out = options.out
     if out is None:
@@ -232,7 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
     stale = [path.stem for path in chosen if options.reference and stamps.is_stale(path)]
     if stale:
         console.print(
-            f"[red]outputs that are not of the code as it stands: {', '.join(stale)}[/red]"
+            f"outputs that are not of the code as it stands: {', '.join(stale)}", style="red"
         )
     return 1 if failed or stale else 0
 
