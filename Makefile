@@ -10,10 +10,10 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 .PHONY: run deeper test test-slow lint reference gpu-check bench soak readme html schema publish constraints clean clean-cache
 
 run: $(READY)
-	$(PY) -m helpers.series.run
+	$(PY) -m helpers.series.run $(if $(AGAIN),--again)
 
 deeper: $(READY)
-	$(PY) -m helpers.series.run --deeper
+	$(PY) -m helpers.series.run --deeper $(if $(AGAIN),--again)
 
 test: $(READY) lint
 	$(PY) -m pytest -m "not slow"
