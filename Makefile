@@ -7,13 +7,13 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/ready-$(EXTRA)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: run deeper test test-slow lint reference gpu-check bench soak readme schema publish constraints clean clean-cache
+.PHONY: run deeper test test-slow lint reference gpu-check bench soak readme html schema publish constraints clean clean-cache
 
 run: $(READY)
-	$(PY) -m helpers.series.run
+	$(PY) -m helpers.series.run $(if $(AGAIN),--again)
 
 deeper: $(READY)
-	$(PY) -m helpers.series.run --deeper
+	$(PY) -m helpers.series.run --deeper $(if $(AGAIN),--again)
 
 test: $(READY) lint
 	$(PY) -m pytest -m "not slow"
@@ -42,6 +42,10 @@ soak: $(READY)
 
 readme: $(READY)
 	$(PY) -m helpers.series.report
+
+# build/html: README, its pages and every notebook, for a phone or any other browser
+html: $(READY)
+	$(PY) -m helpers.series.pages
 
 schema: $(READY)
 	$(PY) -c "from helpers import results; print(results.json_schema(), end='')" > helpers/data/results.schema.json

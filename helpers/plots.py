@@ -26,6 +26,7 @@ PALETTE = rc_params_from_file(STYLE, use_default_template=False)["axes.prop_cycl
 ]
 MARKERS = "osD^vPX<>ph"
 COLUMN = 3.5  # inches: one of a paper's two columns
+TALL = 6  # inches: a longer list of rows stands in two columns
 DARK_PAPER, DARK_INK = to_rgba_array(["#0d1117", "#e6edf3"])
 SMALL = {"fontsize": 6}
 GREY = "0.35"
@@ -102,6 +103,15 @@ def height(rows: DataFrame, by: str = "technique") -> float:
     return 0.75 + 0.19 * len(rows) + 0.27 * rows[by].nunique()
 
 
+def columns(rows: DataFrame) -> list[DataFrame]:
+    """The rows as one column; as two, whole techniques each, where one would be too tall."""
+    if height(rows) <= TALL or rows.technique.nunique() == 1:
+        return [rows]
+    sizes = rows.groupby("technique", sort=False).size() + 1.4  # with their headings
+    is_left = rows.technique.map(sizes.cumsum() - sizes / 2 < sizes.sum() / 2)
+    return [rows[is_left], rows[~is_left]]
+
+
 def panels(drawn: DataFrame, title: str, inches=height) -> tuple[Figure, list]:
     """A figure with a panel for each machine in `drawn`.
 
@@ -125,6 +135,24 @@ def panels(drawn: DataFrame, title: str, inches=height) -> tuple[Figure, list]:
     for panel, machine in zip(subfigures, parts, strict=True):
         panel.suptitle(machine, x=0.01, ha="left", style="italic", **SMALL)
     return figure, list(zip(subfigures, parts.values(), strict=True))
+
+
+def rows_chart(drawn: DataFrame, title: str, draw) -> Figure:
+    """Rows one below the other, a panel for each machine, drawn by `draw(axis, rows)`; what is too
+    tall stands in two columns of one scale, as wide as a paper's two.
+    """
+    figure, parts = panels(drawn, title, lambda rows: max(map(height, columns(rows))))
+    for panel, rows in parts:
+        groups = columns(rows)
+        if len(groups) > 1:
+            figure.set_figwidth(2 * COLUMN)
+        axes = panel.subplots(1, len(groups), squeeze=False)[0]
+        for axis, group in zip(axes, groups, strict=True):
+            draw(axis, group)
+        left, right = np.transpose([axis.get_xlim() for axis in axes])
+        bottom, top = np.transpose([axis.get_ylim() for axis in axes])
+        plt.setp(axes, xlim=(left.min(), right.max()), ylim=(bottom.max(), top.min()))
+    return figure
 
 
 def label(axis, text: str, x, y, offset: tuple = (4, 0), **look) -> None:
@@ -244,38 +272,43 @@ def speedup(frame: DataFrame, title: str = "Speed against the baseline of the sa
     A ratio between two engines is not a technique's gain, and CPU processes that stand in for GPUs
     show none: both are left out (`compared`).
     """
-    figure, parts = panels(compared(styled(frame)), title)
-    for panel, rows in parts:
-        base = rows.baseline.isna() | ~rows.same_engine
-        ratio = rows.speedup.mask(base & (rows.status == "ok"), 1.0)
-        note = ratio.map("{:.2f}×".format).mask(base, "baseline")
-        rows = rows.assign(
-            ratio=ratio, ratio_ci95=rows.speedup_ci95.mask(base), hollow=base, note=note
-        )
-        ratios(panel.subplots(), rows, "tokens/s over the baseline's (log)\nbar: 95 % interval")
-    return figure
+    rows = compared(styled(frame))
+    base = rows.baseline.isna() | ~rows.same_engine
+    ratio = rows.speedup.mask(base & (rows.status == "ok"), 1.0)
+    rows = rows.assign(
+        ratio=ratio,
+        ratio_ci95=rows.speedup_ci95.mask(base),
+        hollow=base,
+        note=ratio.map("{:.2f}×".format).mask(base, "baseline"),
+    )
+    xlabel = "tokens/s over the baseline's (log)\nbar: 95 % interval"
+    return rows_chart(rows, title, lambda axis, group: ratios(axis, group, xlabel))
 
 
 def memory(frame: DataFrame, title: str = "Memory") -> Figure:
     """Weights, the KV cache at the end of the generation, and the measured peak while running above
     what was taken before.
     """
-    figure, parts = panels(having(styled(frame), "weight_bytes", "peak_above_bytes"), title)
-    for panel, rows in parts:
-        axis = panel.subplots()
-        y = bars(axis, rows, "weight_bytes", "", "GB (number: peak, else weights)", "right")
-        weights, cache = rows.weight_bytes.fillna(0), rows.kv_cache_bytes.fillna(0)
-        ends = np.fmax(weights + cache, rows.peak_above_bytes)
-        axis.containers[0].set_label("weights")
-        axis.barh(y, cache, 0.62, weights, color="0.65", label="KV cache")
-        axis.plot(rows.peak_above_bytes, y, "|k", ms=9, mew=1.5, label="peak above start")
-        numbers = rows.peak_above_bytes.fillna(rows.weight_bytes)
-        for at, number, end in zip(y, numbers, ends, strict=True):
-            label(axis, "" if pd.isna(number) else f"{number / 1e9:.2f}", end, at)
-        axis.set_xlim(0, ends.max() * 1.18)
-        axis.xaxis.set(major_formatter=GIGABYTES, major_locator=MaxNLocator(5))
-        panel.legend(loc="outside lower center", ncols=3, handlelength=1.4)
+    rows = having(styled(frame), "weight_bytes", "peak_above_bytes")
+    figure = rows_chart(rows, title, _draw_memory)
+    if figure.axes:
+        parts = figure.axes[0].get_legend_handles_labels()
+        figure.legend(*parts, loc="outside lower center", ncols=3, handlelength=1.4)
     return figure
+
+
+def _draw_memory(axis, rows: DataFrame) -> None:
+    y = bars(axis, rows, "weight_bytes", "", "GB (number: peak, else weights)", "right")
+    weights, cache = rows.weight_bytes.fillna(0), rows.kv_cache_bytes.fillna(0)
+    ends = np.fmax(weights + cache, rows.peak_above_bytes)
+    axis.containers[0].set_label("weights")
+    axis.barh(y, cache, 0.62, weights, color="0.65", label="KV cache")
+    axis.plot(rows.peak_above_bytes, y, "|k", ms=9, mew=1.5, label="peak above start")
+    numbers = rows.peak_above_bytes.fillna(rows.weight_bytes)
+    for at, number, end in zip(y, numbers, ends, strict=True):
+        label(axis, "" if pd.isna(number) else f"{number / 1e9:.2f}", end, at)
+    axis.set_xlim(0, ends.max() * 1.18)
+    axis.xaxis.set(major_formatter=GIGABYTES, major_locator=MaxNLocator(5))
 
 
 # ---- files
@@ -307,7 +340,8 @@ def save(
 
 
 def _save_pictures(figure: Figure, path: Path) -> Path:
-    figure.savefig(f"{path}.svg", metadata={"Date": None})
+    title = figure.get_suptitle() or path.name  # for those who hear the picture
+    figure.savefig(f"{path}.svg", metadata={"Date": None, "Title": title})
     figure.savefig(f"{path}.png")
     picture = few_colours(Image.open(f"{path}.png"), 128)
     picture.save(f"{path}.png", optimize=True, dpi=(300, 300))
@@ -356,6 +390,6 @@ def few_colours(image: Image.Image, most: int) -> Image.Image:
 def preview(path: Path) -> bytes:
     """A saved picture as small as a notebook of many wants it: 120 dots an inch, 32 colours."""
     picture, content = Image.open(path).convert("RGB"), io.BytesIO()
-    picture.thumbnail((420, picture.height), Image.Resampling.LANCZOS)
+    picture.thumbnail((picture.width * 2 // 5, picture.height), Image.Resampling.LANCZOS)
     few_colours(picture, 32).save(content, "png", optimize=True)
     return content.getvalue()

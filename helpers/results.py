@@ -49,7 +49,12 @@ Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Bytes = Annotated[int, Field(ge=0)]
+Bytes = Annotated[int, Field(ge=0, lt=2**63)]
+Count = Annotated[int, Field(ge=1, lt=2**63)]
+# what stands in tables and charts begins with a letter or digit and holds no markup: nothing that a
+# spreadsheet, a browser or LaTeX would obey
+Name = Annotated[str, Field(pattern=r"^[^\W_][^<>|`\\\r\n\t]*$")]
+PLAIN = str.maketrans("|<>`\\\n", "¦‹›'/ ")  # for sentences that hold others' words
 Scalar = bool | int | Number | str | None
 
 
@@ -74,23 +79,23 @@ class Record(Strict):
     has, flat, units in names; `helpers/data/details.csv` says what each means.
     """
 
-    technique: str
-    id: str
-    variant: str
-    baseline: str | None = None
-    sweep: str | None = None
+    technique: Name
+    id: Name
+    variant: Name
+    baseline: Name | None = None
+    sweep: Name | None = None
     status: Literal["ok", "oom", "unsupported", "failed"] = "ok"
     reason: str | None = None
-    engine: str = "transformers"
-    engine_version: str | None = None
+    engine: Name = "transformers"
+    engine_version: Name | None = None
     threads: int
     affinity: list[int]
-    world_size: int = 1
-    model: str
-    model_revision: str | None = None
-    dtype: str | None = None
-    device: str
-    batch_size: int = 1
+    world_size: Count = 1
+    model: Name
+    model_revision: Name | None = None
+    dtype: Name | None = None
+    device: Name
+    batch_size: Count = 1
     prompt_tokens: int | None = None
     new_tokens: int | None = None
     seed: int | None = None
@@ -149,7 +154,7 @@ class Run(Strict):
 
 
 class Gpu(Strict):
-    name: str
+    name: Name
     memory_bytes: Bytes
     compute_capability: str
 
@@ -157,15 +162,15 @@ class Gpu(Strict):
 class Machine(Strict):
     """The machine as `helpers.machine.describe` tells it."""
 
-    slug: str
-    architecture: str
-    cpu: str
+    slug: Name
+    architecture: Name
+    cpu: Name
     cores: int
     instruction_sets: list[str]
     memory_bytes: Bytes
     gpus: list[Gpu]
     os: str
-    versions: dict[str, str]
+    versions: dict[Name, Name]
     cuda: str | None = None
     driver: str | None = None
     power_limit_w: list[float | None] = []
@@ -177,7 +182,7 @@ class Results(Strict):
     schema_: Literal[2] = Field(SCHEMA, alias="schema")
     machine: Machine
     run: Run
-    records: list[Record]
+    records: Annotated[list[Record], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _ids_fit(self):
@@ -323,7 +328,8 @@ class Lesson:
         self.folder = folder
         self.parameters = parameters
         self.common = common
-        self.model, self.revision = models.identity(model)
+        name, self.revision = models.identity(model)
+        self.model = name.translate(PLAIN).lstrip(" _.=+-@'/")  # of a folder of any name
         self.machine = machine.describe(common["device"])
         self.commit = machine.commit()
         self.unread_bytes = 0
@@ -479,7 +485,7 @@ class Lesson:
         try:
             content = self._file(finished=False).model_dump_json(by_alias=True, indent=1)
         except ValidationError as error:
-            raise ValueError(_first_fault(error)) from error
+            raise ValueError(first_fault(error)) from error
         write_atomically(self.partial, content + "\n")
 
     def finish(self) -> Path:
@@ -657,10 +663,11 @@ def _reasons(values: dict) -> dict[str, str]:
 # ---- reading
 
 
-def _first_fault(error: ValidationError) -> str:
+def first_fault(error: ValidationError) -> str:
+    """Where something that was read is not what it must be, and why, in one sentence."""
     first = error.errors()[0]
     where = ".".join(map(str, first["loc"])) or "the file"
-    return f"{where}: {first['msg']}."
+    return " ".join(f"{where}: {first['msg']}.".split())
 
 
 def read(path: Path) -> Results:
@@ -676,7 +683,7 @@ def read(path: Path) -> Results:
             raise ValueError("it is of the first edition (schema 1): run the lesson again.")
         return Results.model_validate(content)
     except ValidationError as error:
-        raise ValueError(f"{path.name} is refused as results: {_first_fault(error)}") from error
+        raise ValueError(f"{path.name} is refused as results: {first_fault(error)}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} cannot be read as results: {error}") from error
 
@@ -906,7 +913,7 @@ def table(records: list[Record], limits: MachineLimits | None = None) -> pd.Data
                 "perplexity": _cell(record.perplexity),
                 "Δ nll (nats)": interval(record.nll_delta, record.nll_delta_ci95, "+.4f"),
                 "same token": _cell(record.agreement, ".1%"),
-                "note": "; ".join(notes),
+                "note": "; ".join(notes).translate(PLAIN),
             }
         )
     return pd.DataFrame(rows).set_index("variant").rename_axis(None)

@@ -247,6 +247,20 @@ def test_an_installed_wheel_needs_no_source(tmp_path, new_environment, wheel):
     assert new_environment.files() == installed
 
 
+@pytest.mark.parametrize(("card", "status"), [("L4", 0), ("RTX 3060", 1), ("A100", 2)])
+def test_an_installed_wheel_brings_the_planner_s_command(
+    card, status, tmp_path, new_environment, wheel
+):
+    new_environment.install(str(wheel))
+    command = [new_environment.folder / "bin" / "seven-plan", "falcon-7b", "--gpu", card]
+    offline = {"PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=offline, capture_output=True, text=True)
+    said = {0: "fits one l4", 1: "does not fit one rtx-3060", 2: "Which A100?"}
+    assert done.returncode == status, done.stderr
+    assert said[status] in (done.stderr if status == 2 else done.stdout)
+    assert "Traceback" not in done.stderr
+
+
 def test_an_editable_install_needs_no_source(tmp_path, new_environment, project):
     new_environment.install("--editable", str(project))
     done = new_environment.run(alone(tmp_path / "folder"))

@@ -36,14 +36,15 @@ def gpu_machine(monkeypatch):
 
         def properties(index):
             name, (major, minor) = visible[index]
+            uuid = f"{len(visible) - 1 - index}"  # NVML counts the cards in an order of its own
             return types.SimpleNamespace(
-                name=name, major=major, minor=minor, total_memory=42_000_000_000, uuid=f"{index}"
+                name=name, major=major, minor=minor, total_memory=42_000_000_000, uuid=uuid
             )
 
         def power_limit(handle):
             if power_mw is None:
                 raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
-            return power_mw
+            return power_mw * (1 + handle)
 
         cuda_functions = {
             "is_available": lambda: bool(visible),
@@ -263,7 +264,7 @@ def test_a_gpu_machine_s_description_is_whole_and_fits_the_schema(gpu_machine):
     assert results.Machine.model_validate(described)
     assert [card["compute_capability"] for card in described["gpus"]] == ["8.0", "7.5"]
     assert (described["cuda"], described["driver"]) == ("13.0", "580.65.06")
-    assert described["power_limit_w"] == [400.0, 400.0]
+    assert described["power_limit_w"] == [800.0, 400.0]
 
 
 def test_a_slice_has_no_power_limit_of_its_own(gpu_machine):

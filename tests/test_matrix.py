@@ -45,17 +45,29 @@ def test_a_file_becomes_cells(tmp_path):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("models: [auto]", "matrix.yaml needs models and lessons, and knows models, lessons,"),
-        ("[1, 2]", "matrix.yaml needs models and lessons"),
-        ("models: [auto]\nlessons: ['01']\ncolour: red", "and knows models, lessons, parameters"),
+        ("models: [auto]", "matrix.yaml: lessons: Field required."),
+        ("[1, 2]", "matrix.yaml: the file: Input should be a valid dictionary"),
+        ("models: [auto]\nlessons: ['01']\ncolour: red", "colour: Extra inputs are not permitted."),
         ("models: [auto\n", "cannot be read"),
-        ("models: auto\nlessons: ['01']", "models must be a list"),
-        ("models: [auto]\nlessons: ['01']\nparameters: {SEED: 3}", "SEED must be a list"),
+        ("models: auto\nlessons: ['01']", "models: Input should be a valid list."),
+        (
+            "models: [auto]\nlessons: ['01']\nparameters: {SEED: 3}",
+            "parameters.SEED: Input should be a valid list.",
+        ),
         ("models: [auto]\nlessons: ['99']", "no notebook begins so"),
         ("models: [auto]\nlessons: ['01']\nparameters: {SPEED: [3]}", "unknown parameter SPEED"),
         ("models: [auto]\nlessons: ['01']\nparameters: {SEED: [a]}", "SEED='a' must be a whole"),
-        ("models: [auto]\nlessons: ['01']\nprofile: quick", "profile 'quick' is none of full"),
+        (
+            "models: [auto]\nlessons: ['01']\nprofile: quick",
+            "profile: Input should be 'full' or 'smoke'.",
+        ),
         ("models: [a/b, a-b]\nlessons: ['01']", "two cells would have the same folder"),
+        (
+            "models: [auto]\nlessons: ['01']\nminutes: ten",
+            "minutes: Input should be a valid number",
+        ),
+        ("models: [auto]\nlessons: ['01']\ncpus: .inf", "cpus: Input should be a finite number"),
+        (f"models: [{'a' * 300}b, {'a' * 300}c]\nlessons: ['01']", "have the same folder"),
     ],
 )
 def test_what_no_notebook_would_take_is_refused_before_anything_runs(tmp_path, text, sentence):

@@ -5,6 +5,7 @@ fill at once.
 import concurrent.futures
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -236,3 +237,35 @@ def test_a_home_folder_and_spaces_are_understood(tiny_llama, tmp_path, monkeypat
     monkeypatch.setenv("HOME", str(tmp_path))
     assert models.resolve("~/my models é") == str(tmp_path / "my models é")
     assert models.identity("~/my models é") == ("my models é", None)
+
+
+class Evil:
+    """What runs a command when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_a_pickle_as_checkpoint_is_refused_and_never_opened(tiny_llama, tmp_path, name):
+    folder = copy_of(tiny_llama, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    victim = tmp_path / "victim"
+    (tmp_path / "model" / name).write_bytes(pickle.dumps({"w": Evil(str(victim))}))
+    with pytest.raises(Exception, match=r"safetensors|header") as refusal:
+        models.load(folder)
+    assert not isinstance(refusal.value, AssertionError) and not victim.exists()
+
+
+def test_a_checkpoint_with_code_of_its_own_is_not_run(tiny_llama, tmp_path):
+    folder = copy_of(tiny_llama, tmp_path / "model")
+    victim = tmp_path / "victim"
+    (tmp_path / "model" / "own.py").write_text(f"open({str(victim)!r}, 'w')\n")
+    own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    change(tmp_path / "model" / "config.json", model_type="of-its-own", auto_map=own)
+    with pytest.raises(ValueError, match=r"MODEL=.*is neither a folder here nor a model"):
+        models.load(folder)
+    assert not victim.exists()

@@ -4,12 +4,16 @@ properties: test_NN_*.)
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import nbformat
 import papermill
+import psutil
 import pytest
 from papermill.exceptions import PapermillExecutionError
 
@@ -160,6 +164,8 @@ def test_bfloat16_moves_more_than_float16(run_lesson):
         (["--only", "99"], "no notebook begins so"),
         (["--only", "01", "-p", "NEW_TOKEN=8"], "unknown parameter NEW_TOKEN"),
         (["--only", "01", "-p", "NEW_TOKENS"], "write it as NAME=value"),
+        (["--only", "01", "-p", "[/INST]"], "-p '[/INST]': write it as NAME=value"),
+        (["--only", "01", "-p", "MODEL=" + "a" * 300], "File name too long"),
         (["--reference", "-p", "SEED=1"], "--reference runs the notebooks as they stand"),
     ],
 )
@@ -178,6 +184,65 @@ def small(folder, name: str, source: str) -> None:
         nbformat.v4.new_code_cell(source),
     ]
     nbformat.write(notebook, folder / name)
+
+
+SLOW = """
+import pathlib, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+pathlib.Path("started").write_text(str(child.pid))
+if not pathlib.Path("quick").exists():
+    time.sleep(600)
+child.kill()
+"""
+RUN = """
+import pathlib, sys
+from helpers.series import run
+run.NOTEBOOKS = pathlib.Path(sys.argv[1])
+sys.exit(run.main(["--out", sys.argv[2], *sys.argv[3:]]))
+"""
+
+
+def outcomes(folder, *options) -> subprocess.Popen:
+    """A run of the notebooks in `folder`, in a process of its own."""
+    command = [sys.executable, "-c", RUN, str(folder), str(folder / "out"), *options]
+    environment = os.environ | {"PYTHONPATH": str(results.ROOT), "COLUMNS": "120"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+@pytest.mark.notebook
+def test_ctrl_c_leaves_nothing_running_and_the_next_run_goes_on_from_there(tmp_path):
+    small(tmp_path, "01_done.ipynb", "print(SEED)")
+    small(tmp_path, "02_stopped.ipynb", SLOW)
+    small(tmp_path, "03_comparison.ipynb", "print(SEED)")
+    running = outcomes(tmp_path)
+    started = tmp_path / "started"
+    while not (started.exists() and started.read_text()):
+        assert running.poll() is None, running.stderr.read()
+        time.sleep(0.1)
+    below = psutil.Process(running.pid).children(recursive=True)
+    assert int(started.read_text()) in {process.pid for process in below}
+    running.send_signal(signal.SIGINT)
+    said, _ = running.communicate(timeout=60)
+    assert running.returncode == 1
+    assert not [process for process in below if process.is_running()]
+    assert re.search(r"01_done .* ok", said) and re.search(rf"02_stopped .* {run.STOPPED}", said)
+    assert "03_comparison" not in said
+
+    (tmp_path / "quick").touch()
+    said, _ = outcomes(tmp_path).communicate(timeout=300)
+    assert re.search(rf"01_done .* {run.BEFORE}", said)
+    assert re.search(r"02_stopped .* ok", said) and re.search(r"03_comparison .* ok", said)
+    said, _ = outcomes(tmp_path, "-p", "SEED=3").communicate(timeout=300)
+    assert run.BEFORE not in said  # other parameters
+    small(tmp_path, "01_done.ipynb", "print(SEED + 1)")
+    said, _ = outcomes(tmp_path, "-p", "SEED=3").communicate(timeout=300)
+    assert re.search(r"01_done .* ok", said)  # other code
+    assert re.search(rf"02_stopped .* {run.BEFORE}", said)
+    assert re.search(r"03_comparison .* ok", said)  # it reads what the others leave
+    said, _ = outcomes(tmp_path, "-p", "SEED=3", "--again").communicate(timeout=300)
+    assert run.BEFORE not in said
 
 
 def test_a_failed_notebook_fails_the_run_after_the_others(tmp_path, capsys, monkeypatch):

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import types
 from pathlib import Path
 
 import gguf
@@ -57,6 +58,10 @@ PARAMETERS = {
     "deepseek-v3": 671_026_404_352,  # without its multi-token prediction module
     "qwen3-0.6b": 596_049_920,
     "qwen3-30b-a3b": 30_532_122_624,
+    "mistral-7b-v0.1": 7_241_732_096,
+    "gemma-2-27b": 27_227_128_320,
+    "jamba-v0.1": 51_570_323_328,
+    "qwen3-next-80b-a3b": 79_674_391_296,  # without its multi-token prediction module
 }
 TOLERANCE = {
     "fp32": 0.015,
@@ -608,7 +613,9 @@ def test_every_gpu_has_sound_figures_and_a_source():
         ("Tesla V100-SXM2-16GB", "v100-16gb"),
         ("NVIDIA RTX 6000 Ada Generation", "rtx-6000-ada"),
         ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "rtx-pro-6000"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "rtx-pro-6000-server"),
         ("NVIDIA B200", "b200"),
+        ("NVIDIA GB200", "gb200"),
         ("AMD Instinct MI300X", "mi300x"),
     ],
 )
@@ -645,6 +652,9 @@ def test_the_whole_answer_is_a_frame():
     [
         (lambda: planner.gpu("a100-48gb"), "nearest are a100-"),
         (lambda: planner.gpu("A100"), "Which A100? The table has a100-40gb, a100-80gb"),
+        (lambda: planner.gpu("P100"), "Any other is planned with its memory and bandwidth"),
+        (lambda: planner.gpu("Apple M2 Ultra"), "No GPU 'Apple M2 Ultra' in the table"),
+        (lambda: planner.memory(planner.describe("llama-7b"), "IQ4_XS"), "nearest are q4_1"),
         (lambda: planner.any_other(-1), "more than 0"),
         (lambda: planner.describe("./no-such-folder"), "nearest are"),
         (lambda: planner.memory(planner.describe("llama-7b"), "bf16", kv_bits=8), "take vllm"),
@@ -791,6 +801,55 @@ def test_vllm_takes_its_share_and_repeats_heads():
     assert planner.degrees(qwen, engine="vllm") == [1, 2, 4, 8, 16]
 
 
+def test_vllm_s_vocabulary_and_repeated_heads_are_in_its_weights(tmp_path):
+    config = AutoConfig.for_model(
+        "llama", num_hidden_layers=3, tie_word_embeddings=False, **(SMALL | {"vocab_size": 1010})
+    )
+    config.save_pretrained(tmp_path)
+    model = planner.describe(str(tmp_path))
+    count = planner.parameters(model)
+    halves = (count["linear"] + 2 * 1024 * 128) / 2  # 1010 words are stored as 1024
+    keys_and_values = 3 * 2 * 2 * 32 * 128  # 2 heads of 32; on 4 GPUs a quarter would be half one
+    quarters = (count["linear"] + 2 * 1024 * 128 - keys_and_values) / 4 + keys_and_values / 2
+
+    def weights(gpus: int, engine: str) -> int:
+        return planner.memory(model, "bf16", engine=engine, gpus=gpus)["weight_bytes"]
+
+    assert weights(2, "vllm") == 2 * (halves + count["other"])
+    assert weights(4, "vllm") == 2 * (quarters + count["other"])
+    assert weights(2, "transformers") == count["linear"] + 2 * 1010 * 128 + 2 * count["other"]
+    assert planner.degrees(model, 4) == [1, 2]
+    assert planner.degrees(model, 4, "vllm") == [1, 2, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "gpus"), [("qwen2.5-72b", 8), ("qwen2.5-72b", 16), ("falcon-40b", 16)]
+)
+def test_a_part_is_as_large_as_vllm_makes_it(name, gpus, monkeypatch):
+    parallel = pytest.importorskip("vllm.distributed.parallel_state")
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.linear import QKVParallelLinear
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    group = types.SimpleNamespace(rank_in_group=0, world_size=gpus)
+    monkeypatch.setattr(parallel, "get_tp_group", lambda: group)
+    model = planner.describe(name)
+    sizes = (model.hidden, model.head_dim, model.heads, model.kv_heads)
+    with set_current_vllm_config(VllmConfig()), torch.device("meta"):
+        attention = QKVParallelLinear(*sizes, bias=False, params_dtype=torch.bfloat16)
+        embedding = VocabParallelEmbedding(model.vocabulary, model.hidden)
+    technique, vllm = anatomy.choose("bf16", "vllm")
+    rows = (model.heads + 2 * model.kv_heads) * model.head_dim
+    others = planner.parameters(model)["linear"] - model.layers * rows * model.hidden
+    planned = {"linear": 0, "embedding": 0}
+    for tensor in anatomy.stored(model, technique, vllm, gpus):
+        if tensor.kind in planned:
+            planned[tensor.kind] += tensor.values * tensor.count
+    assert planned["embedding"] == embedding.weight.numel()
+    assert planned["linear"] == others / gpus + model.layers * attention.weight.numel()
+
+
 @pytest.mark.parametrize("answer", [0, 1, 7, 100])
 def test_the_largest_is_found_by_halving(answer):
     assert planner.largest(lambda n: n <= answer, 100) == answer
@@ -812,6 +871,16 @@ def test_expected_speeds_rank_as_the_published_ones():
     assert sorted(expected, key=expected.get, reverse=True) == list(expected)
     assert expected["int8"] < 0.1 * planner.limit(falcon, "int8", card)
     assert planner.expected(falcon, "q4_K_M", card) is None
+
+
+def test_autocast_entered_for_each_token_moves_eight_bytes_a_parameter():
+    falcon, card = planner.describe("falcon-7b"), planner.gpu("a100-40gb")
+    read = planner.parameters(falcon)["read"]
+    anew = planner.limit(falcon, "fp16-autocast", card, engine="litgpt")
+    kept = planner.limit(falcon, "fp16-autocast", card)
+    assert anew == pytest.approx(card.bandwidth_bytes_per_s / (8 * read), rel=1e-3)
+    assert kept == pytest.approx(card.bandwidth_bytes_per_s / (2 * read), rel=1e-3)
+    assert 17.73 < anew  # what the article measured with its loop
 
 
 def test_a_small_model_on_a_large_card_is_bound_by_its_launches():
@@ -878,8 +947,12 @@ def test_command_line_answers():
         ("llama-3.1-70b --gpu 2x A100 80GB --technique fp8", 0, "fits 2 × a100-80gb"),
         ("qwen3-0.6b --gpu h100", 0, "Launches and kernels take most of a step"),
         ("gemma-3-27b --gpu h100", 0, "its vision tower is not"),
+        ("gemma-2-27b --gpu h100 --length 8192", 0, "in bf16 fits one h100-sxm: 58.7 of 84.5 GB"),
+        ("mistral-7b-v0.1 --gpu l4 --length 32768", 0, "in bf16 fits one l4: 18."),
+        ("jamba-v0.1 --gpu h200", 0, "in bf16 fits one h200: 103."),
         ("gpt-oss-20b --memory-gb 16", 0, "in mxfp4 fits one card of 16 GB"),
         ("deepseek-v3 --gpu 8x h200", 0, "in fp8 fits 8 × h200"),
+        ("llama-3.1-8b --gpu b200", 0, "fits one b200: 16.5 of 191.0 GB"),
         ("falcon-7b --technique bf16", 0, "No --gpu is given"),
     ],
 )
@@ -928,6 +1001,29 @@ def test_ten_rows_unless_all_are_asked_for(capsys):
     rows = re.compile(r"^│ .*│ (t4|l4)", re.MULTILINE)
     assert len(rows.findall(short)) == 10 and "more rows: --all" in short
     assert len(rows.findall(long)) > 2 * 10 and "working memory" in long
+
+
+def test_deepseek_is_answered_by_a_fresh_process_in_under_a_gigabyte():
+    """The whole command: 671 billion parameters by shape alone, no weights and no hub."""
+    code = (
+        "import resource, sys\n"
+        "from helpers.series import advice\n"
+        "status = advice.main(['deepseek-v3', '--gpu', '8x H200'])\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+        "sys.exit(status)"
+    )
+    # a shell between, so that the process begins at that one's size and not at this one's
+    done = subprocess.run(
+        ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("deepseek-v3 in fp8 fits 8 × h200")
+    assert int(done.stdout.split()[-1]) * 1024 < 1e9
 
 
 def test_forty_billion_parameters_are_planned_in_under_a_gigabyte():

@@ -1,18 +1,20 @@
 """plots, and the charts of 08: what is drawn, what is left out and said, files written whole."""
 
+import io
 import math
+import re
 
 import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 from PIL import Image
 from test_results import a_record
 
 from helpers import plots, results
-from helpers.series import quality_chart, report, run, serving_charts
+from helpers.series import front, quality_chart, report, run, serving_charts
 
 STEPS = [
     ("one-by-one", "static-transformers", "batching"),
@@ -326,3 +328,59 @@ def test_the_comparison_runs_on_the_committed_evidence(tmp_path):
     cells = nbformat.read(out, 4).cells
     streams = [o for c in cells for o in c.get("outputs", []) if o.get("name") == "stderr"]
     assert not streams, streams
+
+
+def luminance(colour) -> float:
+    """Relative luminance as the Web's guidelines define it, 0 to 1."""
+    parts = np.array(to_rgb(colour))
+    parts = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    return float(parts @ [0.2126, 0.7152, 0.0722])
+
+
+@pytest.mark.parametrize("paper", ["white", tuple(plots.DARK_PAPER[:3])])
+def test_colours_are_seen_on_both_papers(paper):
+    for colour in [*plots.PALETTE, front.FASTER, front.SLOWER, front.LOST]:
+        lighter, darker = sorted([luminance(colour), luminance(paper)], reverse=True)
+        assert (lighter + 0.05) / (darker + 0.05) >= 3, colour
+
+
+def many(techniques: int) -> list[results.Record]:
+    rows = []
+    for number in range(techniques):
+        kind = {"technique": f"technique_{number}", "weight_bytes": 10**9 * (1 + number)}
+        rows.append(a_record(**kind))
+        for variant in range(6):
+            gain = {"baseline": "fp32", "speedup": 1.0 + number + variant / 9}
+            rows.append(a_record(**kind, id=f"v{variant}", variant=f"v{variant}", **gain))
+    return rows
+
+
+@pytest.mark.parametrize("draw", [plots.speedup, plots.memory])
+def test_a_long_list_stands_in_two_columns_of_one_scale(draw):
+    short = draw(frame(*many(2)))
+    assert short.get_figwidth() == plots.COLUMN and len(short.axes) == 1
+    figure = draw(frame(*many(6)))
+    assert figure.get_figwidth() == 2 * plots.COLUMN and figure.get_figheight() <= 9
+    left, right = figure.axes
+    assert left.get_xlim() == right.get_xlim() and left.get_ylim() == right.get_ylim()
+    names = [[label.get_text() for label in axis.get_yticklabels()] for axis in figure.axes]
+    assert list(map(len, names)) == [21, 21] and names[0][0] == "fp32" == names[1][0]
+    assert {"technique 0", "technique 5"} <= texts(figure)
+
+
+def test_an_svg_has_a_title_and_letters_that_other_machines_have(tmp_path):
+    rows = plots.compared(frame(*speeds()))
+    path = plots.save(plots.speedup(rows), rows, tmp_path, "speedup")
+    for name in ("speedup.svg", "speedup_dark.svg"):
+        text = path.with_name(name).read_text()
+        assert "<title>Speed against the baseline of the same run</title>" in text
+        families = set(re.findall(r"font-family: ([^;\"]+)", text))
+        assert families and all(family.endswith(", sans-serif") for family in families)
+
+
+def test_a_preview_has_120_dots_an_inch_whatever_its_width(tmp_path):
+    for count, width in ((2, 420), (6, 840)):
+        rows = plots.compared(frame(*many(count)))
+        path = plots.save(plots.speedup(rows), rows, tmp_path, "speedup")
+        picture = Image.open(io.BytesIO(plots.preview(path)))
+        assert picture.width == pytest.approx(width, abs=2)

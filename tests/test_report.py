@@ -1,7 +1,12 @@
 """report, claims and answers: verdicts from records, README's parts, tables for write-ups."""
 
+import re
+
+import matplotlib
 import pandas as pd
 import pytest
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextPath
 from test_results import a_record
 
 from helpers import results
@@ -389,6 +394,10 @@ def test_tables_are_written_for_write_ups(tmp_path):
     assert "| fp16" in (tmp_path / "table.md").read_text()
     text = (tmp_path / "table.tex").read_text()
     assert r"\toprule" in text and r"1.24$\times$" in text and "×" not in text
+    rows = pd.DataFrame({"variant": ["50% & a_b #1 {x} $y^2~"]})
+    report.write_table(rows, tmp_path, "special")
+    escaped = r"50\% \& a\_b \#1 \{x\} \$y\textasciicircum 2\textasciitilde"
+    assert escaped in (tmp_path / "special.tex").read_text()
 
 
 def measured_rows():
@@ -472,3 +481,50 @@ def test_double_quantization_without_a_row_is_taken_to_lose_what_nf4_does():
     )
     found = answers.answers([*measured_rows(), nf4], "falcon-7b", "a100-40gb", 0.05, 0.1)
     assert found.iloc[0, 1].startswith("nf4-dq")
+
+
+def test_every_variant_stands_in_plain_columns():
+    place = report.committed()
+    rows = report.variants({"here": place}).set_index(["technique", "variant"])
+    assert len(rows) == len(place.headline)
+    fp16 = next(r for r in place.headline if (r.technique, r.id) == ("mixed_precision", "fp16"))
+    row = rows.loc["mixed_precision", "fp16"]
+    assert (row.speedup, row.low, row.high) == (fp16.speedup, *fp16.speedup_ci95)
+    assert (row.nll_delta_low, row.nll_delta_high) == fp16.nll_delta_ci95
+    assert row.baseline == "fp32" and 0.4 < row.memory_share < 0.6
+    assert rows.loc["multiple_gpus", "tp-3"].isna().speedup  # ranks that share one CPU
+
+
+def natural_inches(block: str) -> float:
+    """The width of a table set in Computer Modern at 10 points, before it is scaled."""
+    form = re.search(r"tabular\}\{(.*)\}\n", block)[1]
+    rows = [row.split(" & ") for row in re.findall(r"^(.*) \\\\$", block, re.M)]
+    font = FontProperties(fname=f"{matplotlib.get_data_path()}/fonts/ttf/cmr10.ttf")
+    total = 0.0
+    for number, wrapped in enumerate(re.findall(r"l|p\{([\d.]+)in\}", form)):
+        texts = [re.sub(r"\$\\(\w+)\$", "M", row[number]).replace("\\", "") for row in rows]
+        shapes = [TextPath((0, 0), text, size=10, prop=font) for text in texts if text.strip()]
+        natural = max(shape.get_extents().width for shape in shapes) / 72
+        total += (float(wrapped) if wrapped else natural) + 6 / 72
+    return total
+
+
+def test_tables_of_the_records_fit_a_page(tmp_path):
+    place = report.committed()
+    tables = {name: results.table(lesson.records) for name, lesson in place.lessons.items()}
+    tables["claims"] = claims.claims(place.records)
+    for name, rows in tables.items():
+        report.write_table(rows, tmp_path, name)
+        blocks = (tmp_path / f"{name}.tex").read_text().split("\n\n")
+        assert sum(block.count(r"\\") for block in blocks) == len(rows) + len(blocks)
+        for block in blocks:
+            inches = natural_inches(block)
+            assert r"\resizebox{\textwidth}" in block or inches <= 6.9, name
+            assert 10 * 6.9 / inches > 6.5, name  # points of the scaled text
+            assert block.count(r"\\") < 40
+
+
+def test_every_picture_of_the_texts_is_told_in_words():
+    for name in ("README.md", "RESULTS.md", "GPU.md", "PLANNER.md"):
+        for tag in re.findall(r"<img[^>]*>", (results.ROOT / name).read_text()):
+            assert re.search(r'alt="[^"]{40,}"', tag), tag

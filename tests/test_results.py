@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -401,3 +402,53 @@ def test_a_step_does_not_read_what_is_only_looked_up(lesson):
     lesson.add("fp32", weight_bytes=1000, kv_cache_bytes=50)
     lesson.add("half", weight_bytes=500, kv_cache_bytes=50, unread_bytes=150)
     assert [record.step_bytes for record in lesson.records] == [750, 400]
+
+
+# ---- names that would be obeyed
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "=cmd|' /C calc'!A0",
+        "@SUM(A1)",
+        "<script>alert(1)</script>",
+        "../../x",
+        "a\nb",
+        "a|b",
+        "\\input x",
+    ],
+)
+@pytest.mark.parametrize(
+    "field", ["technique", "id", "variant", "engine", "model", "dtype", "slug"]
+)
+def test_a_file_with_a_name_that_would_be_obeyed_is_refused(lesson, field, name):
+    lesson.add("fp32", dtype="float32")
+    content = json.loads(lesson.finish().read_text())
+    holder = content["machine"] if field == "slug" else content["records"][0]
+    holder[field] = name
+    lesson.path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="is refused as results") as refusal:
+        results.read(lesson.path)
+    assert f"{field}: String should match pattern" in str(refusal.value)
+
+
+def test_what_others_say_is_plain_in_a_table():
+    """An error's words may hold anything; a row is kept for it all the same."""
+    words = "<script>alert(1)</script> | `x` \\input{y}\nend"
+    row = a_record(id="a", variant="a", status="failed", reason=words, warnings=["<b> | c"])
+    note = results.table([row]).iloc[0]["note"]
+    assert "failed: ‹script›alert(1)‹/script› ¦ 'x' /input{y} end; ‹b› ¦ c" == note
+    (line,) = results.table([row])[["note"]].to_markdown().splitlines()[2:]
+    assert line.count("|") == 3
+
+
+def test_a_model_s_folder_may_have_any_name(tiny_llama, tmp_path):
+    folder = tmp_path / "=a <b>|é"
+    shutil.copytree(tiny_llama, folder)
+    lesson = results.open(
+        "02_bfloat16", str(folder), {}, device="cpu", seed=0, results_dir=str(tmp_path)
+    )
+    lesson.add("fp32", dtype="float32")
+    (record,) = results.read(lesson.finish()).records
+    assert record.model == "a ‹b›¦é"

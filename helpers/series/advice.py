@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import pandas as pd
 from rich.console import Console
 from rich.table import Column, Table
+from transformers.utils import logging
 
 from helpers.series import anatomy, cards, planner
 from helpers.series.anatomy import ENGINES, TECHNIQUES, Model
@@ -61,12 +62,9 @@ def techniques(
     on the card.
     """
     names = [first]
+    possible = planner.runnable(engine)
     for name in (model.own, *COMMON):
-        if name == "bf16" and first == "fp16":
-            continue
-        try:
-            anatomy.choose(name, engine)
-        except ValueError:
+        if name not in possible or (name == "bf16" and first == "fp16"):
             continue
         if card is None or runs_on(name, card):
             names.append(name)
@@ -118,11 +116,12 @@ def speed(row: pd.Series) -> str:
     likely = f"{row['expected_tokens_per_s']:,.0f}"
     if spread != f"{likely} to {likely}":
         likely += f" ({spread})"
-    rows = "one published row" if row["expected_rows"] == 1 else "published rows"
-    if row["expected_rows"] > 1:
-        rows = f"{row['expected_rows']} {rows}"
-    text = f"Expect {likely} tokens/s, by {rows} of {row['expected_engines']}"
-    text += f" ({row['expected_from']}); {best}."
+    count = row["expected_rows"]
+    rows = "one published row" if count == 1 else f"{count} published rows"
+    text = (
+        f"Expect {likely} tokens/s, by {rows} of {row['expected_engines']} "
+        f"({row['expected_from']}); {best}."
+    )
     if row["expected_tokens_per_s"] < row["limit_tokens_per_s"] / 2:
         text += " Launches and kernels take most of a step, not its bytes."
     return text
@@ -169,12 +168,10 @@ def next_steps(model: Model, row: pd.Series, card: pd.Series, split: str, work: 
         engine = anatomy.usual_engine(name, work["engine"])
         spare = planner.room(card, engine) - smaller[name]["total_bytes"]
         steps.append(f"in {name} ({engine}) with {size(spare)} GB to spare")
-    changed = {key: value for key, value in asked.items() if key != "length"}
-    length = planner.longest(model, technique, card, **changed)
+    length = planner.longest(model, technique, card, **asked)
     if SHORTEST <= length < work["length"]:
         steps.append(f"with --length {length}")
-    changed = {key: value for key, value in asked.items() if key != "batch"}
-    batch = planner.most_requests(model, technique, card, **changed)
+    batch = planner.most_requests(model, technique, card, **asked)
     if 0 < batch < work["batch"]:
         steps.append(f"with --batch {batch}")
     if not pd.isna(row["fewest_gpus"]) and not card.name.startswith("this"):
@@ -226,25 +223,15 @@ def answer(model_name: str, asked: argparse.Namespace) -> dict:
     }
     where = []
     if not devices:
-        device = _smallest(model, first, asked.engine, work)
-        devices = [(1, device)]
-        count, card = devices[0]
+        card = _smallest(model, first, asked.engine, work)
+        devices = [(1, card)]
         where = [
             "No --gpu is given: this is the smallest of the table that holds it, or the largest."
         ]
-    frames = []
-    for each, device in devices:
-        frames.append(
-            planner.plan(
-                [model_name],
-                names,
-                [device],
-                engine=asked.engine,
-                gpus=each,
-                split=asked.split,
-                **work,
-            )
-        )
+    how = work | {"engine": asked.engine, "split": asked.split}
+    frames = [
+        planner.plan([model_name], names, [device], gpus=each, **how) for each, device in devices
+    ]
     rows = pd.concat(frames, ignore_index=True)
     row = rows.iloc[0]
     subjects = rows[rows["technique"].isin(asked.technique or [first])]
@@ -262,9 +249,8 @@ def answer(model_name: str, asked: argparse.Namespace) -> dict:
         "model": model,
     }
     if row["fits"]:
-        fitting = {key: value for key, value in work.items() if key != "batch"}
         told["requests"] = planner.most_requests(
-            model, row["technique"], card, engine=asked.engine, gpus=count, split=split, **fitting
+            model, row["technique"], card, engine=asked.engine, gpus=count, split=split, **work
         )
     return told
 
@@ -273,7 +259,7 @@ def _devices(asked: argparse.Namespace) -> list[tuple[int, pd.Series]]:
     """The cards asked for, and how many of each. Raises ValueError in one sentence."""
     if asked.memory_gb is not None:
         return [(asked.gpus, cards.any_other(asked.memory_gb, asked.bandwidth))]
-    if asked.bandwidth is not None:
+    if not math.isnan(asked.bandwidth):
         raise ValueError("--bandwidth belongs to --memory-gb.")
     devices = []
     for name in asked.gpu or []:
@@ -307,9 +293,7 @@ def as_text(told: dict, everything: bool, breakdown: bool) -> None:
         print("Nothing smaller was found that fits.")
     if "requests" in told:
         print(f"Sequences of that length that fit at once: {told['requests']:,}.")
-    for line in (told["speed"], told["certainty"], *told["notes"]):
-        print(line)
-    for line in told["others"]:
+    for line in (told["speed"], told["certainty"], *told["notes"], *told["others"]):
         print(line)
     shown = rows if everything else rows.head(ROWS)
     console.print(_table(told["model"], shown))
@@ -392,7 +376,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--gpus", type=int, default=1, help="how many there are of each")
     options.add_argument("--split", choices=planner.SPLITS, help="how several share the model")
     options.add_argument("--memory-gb", type=float, help="any other card: what its driver reports")
-    options.add_argument("--bandwidth", type=float, help="and GB/s, if its speed is asked")
+    options.add_argument(
+        "--bandwidth", type=float, default=math.nan, help="and GB/s, if its speed is asked"
+    )
     options.add_argument("--technique", nargs="+", help=", ".join(TECHNIQUES))
     options.add_argument("--engine", help=", ".join(ENGINES))
     options.add_argument("--batch", type=int, default=1, help="sequences at once")
@@ -409,6 +395,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """`seven-plan`: 0 where the model fits, 1 where it does not, 2 and a sentence for bad input."""
     asked = parser().parse_args(arguments)
+    logging.set_verbosity_error()  # which kernels are missing here is no part of the answer
     try:
         told = answer(asked.model, asked)
     except ValueError as error:

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from helpers import limits, models
+from helpers import limits, memory, models
 
 CONFIGS = Path(__file__).parent.parent / "data" / "configs"
 # what llama.cpp's mixes give more bits in half of the layers: attn_v and ffn_down
@@ -44,20 +44,24 @@ class Engine(NamedTuple):
     chunk: float = math.inf  # prompt tokens that go through the model at once, all sequences
     share: float = 1.0  # of a card's memory that it takes, whatever the model needs
     repeats_heads: bool = False  # keys and values on every GPU where there are fewer heads
+    words: int = 1  # the vocabulary is filled up to a multiple of these, before it is cut
     by_layers: bool = False  # several GPUs hold whole layers, unless one asks for more
     eager: bool = False  # a kernel launch for each operation, from Python
     kv_bytes: tuple[tuple[int, float], ...] = ()  # bits of a quantized cache: bytes a number
+    casts_each_step: bool = False  # autocast is entered for each token: no copy is kept
 
 
 ENGINES = {
     "transformers": Engine(expands_cache="falcon", eager=True),
     # its defaults (0.32): 92 % of the card, 8,192 tokens a step (16,384 or 2,048 on some cards);
-    # FP8 is a byte, NVFP4 4 bits and a byte for each 16 numbers. CUDA graphs are not counted.
+    # FP8 is a byte, NVFP4 4 bits and a byte for each 16 numbers. CUDA graphs are not counted: it
+    # measures what they take when it starts (`profile_cudagraph_memory`), and has no formula.
     "vllm": Engine(
         transient_copies=0,
         chunk=8192,
         share=0.92,
         repeats_heads=True,
+        words=64,  # `DEFAULT_VOCAB_PADDING_SIZE`
         kv_bytes=((8, 1), (4, 9 / 16)),
     ),
     # LitGPT quantizes from fp16: in prefill the head is an fp16 copy and its bf16 cast; loading
@@ -70,6 +74,7 @@ ENGINES = {
         sequential_cache_item=4,
         transient_copies=2,
         eager=True,
+        casts_each_step=True,  # as the article's loop does it
     ),
     "lit-llama": Engine(unties=True, quantizes_head=True, loads_in_16_bit=True, eager=True),
     "gpt-fast": Engine(quantizes_head=True, transient_copies=0),
@@ -223,10 +228,9 @@ def choose(technique: str, engine: str | None) -> tuple[Technique, Engine]:
             f"{usual!r} is not known to the planner; the nearest are {nearest(usual, ENGINES)}."
         )
     meant = TECHNIQUES[technique].engine
-    if usual != meant and "llama.cpp" in (usual, meant):
+    foreign = usual != meant and "llama.cpp" in (usual, meant)
+    if foreign or (usual == "vllm" and technique in NOT_IN_VLLM):
         raise ValueError(f"{usual} does not run {technique}; its engine is {meant}.")
-    if usual == "vllm" and technique in NOT_IN_VLLM:
-        raise ValueError(f"vllm does not run {technique}; its engine is {meant}.")
     return TECHNIQUES[technique], ENGINES[usual]
 
 
@@ -267,8 +271,8 @@ def _read_config(name: str):
         return AutoConfig.for_model(**json.loads(written[name.lower()].read_text()))
     try:
         return AutoConfig.from_pretrained(models.resolve(name, quantized=True))
-    except (OSError, ValueError) as error:
-        reason = str(error).replace("MODEL=", "")
+    except Exception as error:  # what a configuration must not say raises many things
+        reason = " ".join(str(error).replace("MODEL=", "").split())
         raise ValueError(
             f"{reason} Of those written in the project the nearest are {nearest(name, written)}."
         ) from error
@@ -312,14 +316,6 @@ def _first(config, *names: str, default):
     )
 
 
-def _kv_heads(config, heads: int) -> int:
-    if getattr(config, "multi_query", False) and not getattr(
-        config, "new_decoder_architecture", False
-    ):
-        return 1
-    return _first(config, "num_kv_heads", "num_key_value_heads", default=heads)
-
-
 def meta_model(config):
     """The model of a configuration on the meta device: shapes without weights, in bfloat16."""
     config = copy.deepcopy(config.get_text_config())
@@ -355,7 +351,8 @@ def _cache_layer(layer) -> CacheLayer:
         *getattr(layer, "conv_states", {}).values(),
         *getattr(layer, "recurrent_states", {}).values(),
     ]
-    state, wide = 0, 0
+    state = 0
+    wide = 0
     for tensor in filter(torch.is_tensor, states):
         if tensor.dtype == torch.float32:
             wide += tensor.numel()
@@ -399,13 +396,22 @@ def describe(name: str) -> Model:
     """
     whole = _read_config(name)
     try:
-        net = meta_model(whole)
-    except ValueError as error:
+        return _described(name, whole)
+    except Exception as error:  # transformers checks few of the numbers that it multiplies
         raise ValueError(
-            f"{name!r} is no causal language model ({whole.model_type}); the planner knows no "
-            "other."
+            f"{name!r} ({whole.model_type}) is no causal language model that the planner can "
+            f"build: {str(error).partition(chr(10))[0]}"
         ) from error
+
+
+def _described(name: str, whole) -> Model:
+    if whole.get_text_config().num_hidden_layers > 1000:  # each would be built
+        raise ValueError("no model has so many layers.")
+    net = meta_model(whole)
     config, shares = net.config, limits.read_shares(net)
+    experts_used = min(filter(None, shares.values()), default=1)
+    if not 0 < experts_used <= 1:
+        raise ValueError("it uses none or more of its experts than there are.")
     embedding, head = net.get_input_embeddings().weight, net.get_output_embeddings().weight
     linear = {id(m.weight) for m in net.modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
 
@@ -440,15 +446,15 @@ def describe(name: str) -> Model:
         config.num_hidden_layers,
         hidden,
         heads,
-        _kv_heads(config, heads),
+        memory.kv_heads(config) if heads > 1 else 1,
         _first(config, "head_dim", default=hidden // heads),
         _first(
             config, "intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner", default=4 * hidden
         ),
         config.vocab_size,
-        min(filter(None, shares.values()), default=1),
+        experts_used,
         cache,
-        _first(config, "max_position_embeddings", default=None),
+        getattr(config, "max_position_embeddings", None),
         own,
         tuple(notes),
     )
@@ -510,7 +516,8 @@ def favoured_layers(layers: int) -> int:
 
     The first and the last eighth, and every third between them (`use_more_bits` in its source).
     """
-    first, last = layers // 8, 7 * layers // 8
+    first = layers // 8
+    last = 7 * layers // 8
     return sum(i < first or i >= last or (i - first) % 3 == 2 for i in range(layers))
 
 
@@ -520,6 +527,11 @@ def allocated(nbytes: int) -> int:
     """
     spare = -nbytes % 2**21
     return nbytes + (spare if nbytes >= 10 * 2**20 and spare <= 2**20 else -nbytes % 512)
+
+
+def padded(words: int, engine: Engine) -> int:
+    """A vocabulary as large as the engine stores it."""
+    return -(-words // engine.words) * engine.words
 
 
 def share(model: Model, gpus: int) -> float:
@@ -544,6 +556,10 @@ def stored(
     tensors, tied = list(model.tensors), model.tied and not engine.unties
     if model.tied and engine.unties:
         tensors += [t._replace(kind="head") for t in tensors if t.kind == "embedding"]
+    if engine.repeats_heads and split == "tensor" and gpus > model.kv_heads:
+        rows = 2 * (gpus - model.kv_heads) * model.head_dim  # a head of each on every GPU
+        layers = sum(layer.heads > 0 for layer in model.cache or ())
+        tensors.append(Tensors("linear", rows, model.hidden, False, layers))
     has_experts = any(t.kind == "experts" for t in tensors)
     better_share = favoured_layers(model.layers) / model.layers
     held = []
@@ -552,6 +568,7 @@ def stored(
         is_cut = kind not in ("table", "other")
         if vocabulary:
             is_cut = engine.shards_vocabulary
+            rows = padded(rows, engine)
         if split == "fsdp" or (split == "tensor" and is_cut):
             rows = -(-rows // gpus)
         if split == "sequential" and not vocabulary:

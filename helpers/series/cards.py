@@ -17,7 +17,7 @@ GPUS = Path(__file__).parent.parent / "data" / "gpus.csv"
 # what names carry beside the card: its maker, its kind of memory, its edition
 AROUND = re.compile(
     r"\b(nvidia|amd|geforce|tesla|quadro|instinct|gpus?|hbm\d?e?|gddr\dx?|generation|graphics"
-    r"|blackwell|workstation|server|edition)\b"
+    r"|blackwell|workstation|edition)\b"
 )
 SEVERAL = re.compile(r"\s*(\d+)\s*[x×]\s*(.+)", re.IGNORECASE)
 THIS_MACHINE = ("cpu", "here", "cuda")
@@ -75,20 +75,18 @@ def several(text: str) -> tuple[int, str]:
     return (int(match[1]), match[2]) if match else (1, text)
 
 
-def any_other(memory_gb: float, bandwidth: float | None = None) -> pd.Series:
+def any_other(memory_gb: float, bandwidth: float = math.nan) -> pd.Series:
     """A card by what its driver reports.
 
     Parameters
     ----------
     memory_gb : 1e9 bytes.
-    bandwidth : in GB/s; None where it is not known: then no speed is told.
+    bandwidth : in GB/s; NaN where it is not known: then no speed is told.
 
     Its arithmetic is not known, so that its ceiling is by bandwidth alone. Raises ValueError.
     """
-    if memory_gb <= 0 or (bandwidth is not None and bandwidth <= 0):
+    if memory_gb <= 0 or bandwidth <= 0:
         raise ValueError("--memory-gb and --bandwidth are more than 0.")
-    if bandwidth is None:
-        bandwidth = math.nan
     return _card(f"card of {memory_gb:g} GB", memory_gb * 1e9, bandwidth * 1e9)
 
 

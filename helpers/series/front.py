@@ -39,12 +39,13 @@ def picks(records: list[Record]) -> pd.DataFrame:
         lesson = [r for r in records if r.technique == pick["technique"] and r.sweep is None]
         named = [r for r in lesson if fnmatch.fnmatchcase(r.id, pick["variant"])]
         if named:
-            rows.append(_picked(pick["label"], named[0], lesson))
-    columns = list(_picked("", records[0], records)) if records else []
+            rows.append({"label": pick["label"]} | gain_of(named[0], lesson))
+    columns = ["label", *gain_of(records[0], records)] if records else []
     return pd.DataFrame(rows, columns=columns).astype({"foreign": bool, "is_worse": bool})
 
 
-def _picked(label: str, record: Record, lesson: list[Record]) -> dict:
+def gain_of(record: Record, lesson: list[Record]) -> dict:
+    """What one record of a lesson gained over its baseline: a row of `picks`, without its label."""
     by_id = {other.id: other for other in lesson}
     baseline = by_id.get(record.baseline)
     speed = (math.nan, math.nan, math.nan)
@@ -52,7 +53,6 @@ def _picked(label: str, record: Record, lesson: list[Record]) -> dict:
         speed = (record.speedup, *(record.speedup_ci95 or speed[1:]))
     quality, is_worse = _quality(record)
     return {
-        "label": label,
         "technique": record.technique,
         "id": record.id,
         "model": record.model,

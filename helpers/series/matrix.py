@@ -14,14 +14,15 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated, Literal
 
 import yaml
+from pydantic import Field, ValidationError
 from rich.console import Console
 
 from helpers import machine, results
 from helpers.series import processes, run
 
-KEYS = ("models", "lessons", "parameters", "profile", "minutes", "cpus", "gpus")
 OUTCOME = "outcome.json"  # in the folder of a cell that has ended
 RETRIES = 3  # of a cell whose node died
 NOT_SENT = ["/.venv", "/.git", "/runs", "/figures", "/notebooks/results"]  # to the nodes of Ray
@@ -45,7 +46,20 @@ class Cell:
     @property
     def name(self) -> str:
         """The name of its folder."""
-        return re.sub(r"[^A-Za-z0-9._=-]+", "-", "_".join((self.lesson, *self.parameters)))
+        name = "_".join((self.lesson, *self.parameters))
+        return re.sub(r"[^A-Za-z0-9._=-]+", "-", name)[:255]  # characters at most
+
+
+class Description(results.Strict):
+    """What a file may say; see `read`."""
+
+    models: Annotated[list[str], Field(min_length=1)]
+    lessons: Annotated[list[str], Field(min_length=1)]
+    parameters: dict[str, Annotated[list, Field(min_length=1)]] = Field({})
+    profile: Literal["full", "smoke"] = "full"
+    minutes: results.Positive = 120
+    cpus: results.Positive = machine.cores()
+    gpus: results.Seconds = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,39 +81,29 @@ def read(path: Path) -> Matrix:
     Raises ValueError in one sentence for what no notebook would take.
     """
     content = _content(path)
-    notebooks = run.notebooks([str(entry) for entry in content["lessons"]])
-    profile = content.get("profile", "full")
-    if profile not in run.PROFILES:
-        raise ValueError(f"{path.name}: profile {profile!r} is none of {', '.join(run.PROFILES)}.")
-    limit_s = 60 * content.get("minutes", 120)
-    varied = {"MODEL": content["models"]} | content.get("parameters", {})
+    notebooks = run.notebooks(content.lessons)
+    varied = {"MODEL": content.models} | content.parameters
     cells = []
     for values in itertools.product(*varied.values()):
         named = zip(varied, values, strict=True)
         pairs = tuple(f"{name}={value}" for name, value in named)
         for notebook in notebooks:
             run.parse_parameters(list(pairs), run.known_parameters(notebook))
-            cells.append(Cell(notebook.stem, pairs, profile, limit_s))
+            cells.append(Cell(notebook.stem, pairs, content.profile, 60 * content.minutes))
     folders = {cell.name for cell in cells}
     if len(folders) != len(cells):
         raise ValueError(f"{path.name}: two cells would have the same folder.")
-    return Matrix(cells, content.get("cpus", machine.cores()), content.get("gpus", 0))
+    return Matrix(cells, content.cpus, content.gpus)
 
 
-def _content(path: Path) -> dict:
+def _content(path: Path) -> Description:
     """What is in the file. Raises ValueError in one sentence."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}.") from error
-    if not isinstance(content, dict) or not {"models", "lessons"} <= set(content) <= set(KEYS):
-        raise ValueError(f"{path.name} needs models and lessons, and knows {', '.join(KEYS)}.")
-    lists = {"models": content["models"], "lessons": content["lessons"]}
-    lists |= content.get("parameters", {})
-    for name, values in lists.items():
-        if not isinstance(values, list) or not values:
-            raise ValueError(f"{path.name}: {name} must be a list.")
-    return content
+        return Description.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        raise ValueError(f"{path.name}: {results.first_fault(error)}") from error
+    except Exception as error:  # of the file, of YAML, of a value that YAML cannot make
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
 
 
 def run_cell(cell: Cell, folder: Path) -> dict:
@@ -126,12 +130,6 @@ def run_cell(cell: Cell, folder: Path) -> dict:
         except processes.ServingError as error:
             reason = str(error)
     return {"reason": reason, "seconds": round(time.monotonic() - begun, 1)}
-
-
-def run_here(cells: list[Cell], out: Path) -> Iterator[tuple[Cell, dict]]:
-    """Run cells one after the other; each with how it ended."""
-    for cell in cells:
-        yield cell, run_cell(cell, out / cell.name)
 
 
 def run_on_ray(
@@ -212,23 +210,24 @@ def run_matrix(path: Path, out: Path, console: Console, ray_address: str | None 
     matrix = read(path)
     to_run = [cell for cell in matrix.cells if not finished(cell, out)]
     console.print(f"{len(matrix.cells)} cells, {len(matrix.cells) - len(to_run)} finished before")
-    ending = run_here(to_run, out)
+    ending = ((cell, run_cell(cell, out / cell.name)) for cell in to_run)  # one after the other
     if ray_address is not None and to_run:
         ending = run_on_ray(matrix, to_run, out, ray_address)
-    failed = {}
+    failed = []
     begun = time.monotonic()
     for number, (cell, outcome) in enumerate(ending, 1):
         kept = dataclasses.asdict(cell) | outcome
         results.write_atomically(out / cell.name / OUTCOME, json.dumps(kept, indent=1) + "\n")
+        word = "ok"
         if outcome["reason"]:
-            failed[cell.name] = outcome["reason"].splitlines()[0]
+            word = "failed"
+            failed.append(f"failed: {cell.name}: {outcome['reason'].splitlines()[0]}")
         left_s = (time.monotonic() - begun) / number * (len(to_run) - number)
-        word = "failed" if outcome["reason"] else "ok"
         console.print(
             f"{number} of {len(to_run)}, {cell.name}: {word} after {outcome['seconds']:.0f} s; "
             f"about {left_s / 60:.0f} min left"
         )
-    for name, reason in failed.items():
-        console.print(f"failed: {name}: {reason}", style="red", markup=False)
+    for line in failed:
+        console.print(line, style="red")
     console.print(f"records, figures and executed notebooks in {out}")
     return len(failed)

@@ -5,6 +5,7 @@ Papermill takes values as YAML or as words of a command line, and leaves `1e-3` 
 
 import ast
 import functools
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -47,9 +48,13 @@ def typed(name: str, value, default):
             value = float(value)
         if numbers and isinstance(value, list):
             value = [float(item) if isinstance(item, str) else item for item in value]
-    except (ValueError, yaml.YAMLError):
+    except Exception:  # what YAML finds in a text can be made wrongly in many ways
         value = original
-    if type(value) is not kind or (kind in (int, float) and not value >= 0):
+    fits = type(value) is kind
+    if fits and (numbers or kind in (int, float)):
+        counted = value if numbers else [value]
+        fits = all(type(one) in (int, float) and 0 <= one < math.inf for one in counted)
+    if not fits:
         raise ValueError(f"{name}={original!r} must be {KINDS[kind]}.")
     return value
 

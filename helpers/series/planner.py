@@ -127,7 +127,8 @@ def memory(
     tensors = anatomy.stored(model, t, e, gpus, split)
     weights = sum(sum(x.parts) * x.count for x in tensors)
     allocated = sum(sum(map(anatomy.allocated, x.parts)) * x.count for x in tensors)
-    sequential, ranks = split == "sequential", gpus if split == "tensor" else 1
+    sequential = split == "sequential"
+    ranks = gpus if split == "tensor" else 1
     item = e.sequential_cache_item if sequential else t.item
     name = anatomy.usual_engine(technique, engine)
     position_bytes = anatomy.kv_bytes(name, kv_bits, item)
@@ -195,8 +196,11 @@ def limit(
     flops = 0
     for tensor in anatomy.stored(model, t, e):
         stored_bytes = sum(tensor.parts)
-        if technique.endswith("autocast"):  # its copies in 16 bits are kept, and read alone
-            stored_bytes = tensor.parts[-1]
+        if technique.endswith("autocast") and len(tensor.parts) > 1:
+            if e.casts_each_step:  # float32 is read, the copies in 16 bits written and read
+                stored_bytes += tensor.parts[-1]
+            else:  # the copies are kept, and read alone
+                stored_bytes = tensor.parts[-1]
         read += stored_bytes * tensor.count * reads.get(tensor.kind, 1)
         flops += 2 * batch * tensor.values * tensor.count * works.get(tensor.kind, 1)
     peak = gpu.fp32_flop_per_s if technique == "fp32" else gpu.fp16_flop_per_s
@@ -215,12 +219,10 @@ def refusal(model: Model, degree: int, engine: str = "transformers") -> str | No
         "attention heads": model.heads,
         "key/value heads": model.kv_heads,
         "MLP channels": model.mlp,
-        "words of vocabulary": model.vocabulary,
+        "words of vocabulary": anatomy.padded(model.vocabulary, ENGINES[engine]),
     }
-    if ENGINES[engine].repeats_heads:
-        del sizes["words of vocabulary"]
-        if degree % model.kv_heads == 0:
-            del sizes["key/value heads"]
+    if ENGINES[engine].repeats_heads and degree % model.kv_heads == 0:
+        del sizes["key/value heads"]
     odd = [
         f"{size} {name if size > 1 else name.rstrip('s')}"
         for name, size in sizes.items()
@@ -270,7 +272,8 @@ def fewest(
 
 def largest(possible: Callable[[int], bool], most: int) -> int:
     """The largest whole number up to `most` for which it is possible, by halving; 0 for none."""
-    low, high = 0, most
+    low = 0
+    high = most
     while low < high:
         middle = (low + high + 1) // 2
         if possible(middle):
@@ -281,18 +284,22 @@ def largest(possible: Callable[[int], bool], most: int) -> int:
 
 
 def most_requests(model: Model, technique: str, gpu: pd.Series, **workload) -> int:
-    """Sequences of `length` tokens that fit at once. `workload` as in memory, without `batch`."""
+    """Sequences of `length` tokens that fit at once, whatever `batch` says; `workload` as in
+    memory.
+    """
     return largest(
-        lambda batch: fits(model, technique, gpu, batch=batch, **workload), MOST_REQUESTS
+        lambda batch: fits(model, technique, gpu, **(workload | {"batch": batch})), MOST_REQUESTS
     )
 
 
 def longest(model: Model, technique: str, gpu: pd.Series, **workload) -> int:
-    """Tokens of each sequence that fit, up to the model's context. `workload` as in memory,
-    without `length`.
+    """Tokens of each sequence that fit, up to the model's context, whatever `length` says;
+    `workload` as in memory.
     """
-    most = model.context or 2**20
-    return largest(lambda length: fits(model, technique, gpu, length=length, **workload), most)
+    return largest(
+        lambda length: fits(model, technique, gpu, **(workload | {"length": length})),
+        model.context or 2**20,
+    )
 
 
 def setting(row) -> dict | None:
@@ -391,13 +398,12 @@ def _limit_of(index: int) -> float:
     return limit(describe(row["model"]), gpu=gpu(row["gpu"]), **how)
 
 
-def speeds(rows: pd.DataFrame | None = None) -> pd.DataFrame:
-    """Rows of `runs` (None: all) beside their limit.
+def speeds(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `runs` beside their limit.
 
     layer_s : seconds a layer that a step took beyond its limit: launches, kernels that do not reach
         the bandwidth, messages between GPUs.
     """
-    rows = runs() if rows is None else rows
     best = pd.Series([_limit_of(index) for index in rows.index], index=rows.index, dtype=float)
     layers = pd.Series([describe(name).layers for name in rows["model"]], index=rows.index)
     beyond_s = rows["batch"] * (1 / rows["tokens_per_s"] - 1 / best)
@@ -515,7 +521,7 @@ def plan(
     else of the `fewest_gpus` that do.
     """
     workload = {"batch": 1, "length": 2048} | workload
-    techniques = [anatomy.spelled(name) for name in techniques] or _runnable(engine)
+    techniques = [anatomy.spelled(name) for name in techniques] or runnable(engine)
     devices = list(gpu_names) or list(cards.gpus().index)
     rows = []
     for model in map(describe, names):
@@ -525,14 +531,14 @@ def plan(
     return pd.DataFrame(rows).astype({"fewest_gpus": "Int64"})
 
 
-def _runnable(engine: str | None) -> list[str]:
-    """The techniques that an engine runs (None: all)."""
+def runnable(engine: str | None) -> list[str]:
+    """The techniques that an engine runs (None: all). Raises ValueError for an unknown engine."""
     names = []
     for technique in TECHNIQUES:
         try:
             anatomy.choose(technique, engine)
         except ValueError:
-            if engine not in ENGINES and engine is not None:
+            if engine not in (None, *ENGINES):
                 raise
             continue
         names.append(technique)

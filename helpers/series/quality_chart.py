@@ -28,20 +28,20 @@ def quality_speed(rated: DataFrame) -> Figure:
 
     rated : rows of `results.frame` with a column `panel`: rows of one panel can be compared.
     """
-    figure, parts = plots.panels(
-        rated, "Quality against speed and size", lambda rows: 0.5 + 3.2 * rows.panel.nunique()
-    )
+    figure, parts = plots.panels(rated, "Quality against speed and size", lambda _: 4.4)
+    if len(parts):
+        figure.set_figwidth(plots.COLUMN * min(2, rated.panel.nunique()))
     for part, rows in parts:
         groups = []
         for _, group in rows.groupby("panel", sort=False):
             groups.append(group.assign(front=pareto(group)))
-        axes = part.subplots(len(groups), squeeze=False)[:, 0]
+        axes = part.subplots(1, len(groups), squeeze=False)[0]
         for axis, group in zip(axes, groups, strict=True):
             _draw_points(axis, group)
         for row in rows.drop_duplicates("technique").itertuples():
             name = plots.title_of(row.technique)
             axes[0].scatter([], [], color=row.colour, marker=row.marker, label=name)
-        part.legend(loc="outside lower center", ncols=3)
+        part.legend(loc="outside lower center", ncols=3 * len(groups))
         figure.draw_without_rendering()  # names come last, on axes of their final size
         for axis, group in zip(axes, groups, strict=True):
             _name_points(axis, group)

@@ -6,21 +6,29 @@ says whether one of them is stale.
 
 import argparse
 import dataclasses
+import math
+import os
 import sys
+import tempfile
 from itertools import chain
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pandas as pd
 
 from helpers import machine, results
 from helpers.results import Record, Results
-from helpers.series import front, stamps
+from helpers.series import bundle, front, stamps
 from helpers.series.claims import claims, counts
 
 ROOT = results.ROOT
 REFERENCE = ROOT / "notebooks" / "results"
 GB = results.GB
+PAGE = 6.9  # inches of text across a page of LaTeX's
+PAGE_LINES = 55  # of a table, down a page
+LETTER = 0.07  # inches, a letter at 10 points
+WRAPPED = 20  # letters, the longest line of a cell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +76,23 @@ def load(
 
     Parameters
     ----------
-    machines : folder names; none: this machine, else the only one that has results.
+    machines : folder names; none: this machine, else the only one that has results; of bundles all.
     models : folder names; none: of each machine the one that most lessons have been run with.
+    results_dir : a folder of results, or bundles of them (`helpers.series.bundle`).
 
-    Raises ValueError, in one sentence, where there are no results.
+    Raises ValueError, in one sentence, where there are no results, or a bundle is refused.
     """
-    base = _base(results_dir)
+    places = results_dir.split(os.pathsep)
+    if not any(Path(place).expanduser().is_file() for place in places):
+        return _load(machines, models, _base(results_dir))
+    with tempfile.TemporaryDirectory() as folder:
+        for place in places:
+            bundle.unpack(Path(place).expanduser(), Path(folder))
+        machines = machines or list(results.machines_with_results(folder))
+        return _load(machines, models, Path(folder))
+
+
+def _load(machines: list[str], models: list[str], base: Path) -> tuple[dict[str, Found], list[str]]:
     there = results.machines_with_results(str(base))
     known = ", ".join(there) or "none"
     slugs = machines or ([machine.slug()] if machine.slug() in there else list(there))
@@ -116,7 +135,9 @@ def frame(found: dict[str, Found]) -> pd.DataFrame:
 
 
 def figures_folder(found: dict[str, Found], figures_dir: str = "") -> Path:
-    """Where 08 writes: below `figures_dir`, a reference run's `figures`, or beside the results."""
+    """Where 08 writes: below `figures_dir`, a reference run's `figures`, or beside the results; of
+    a bundle, where this machine's own would lie.
+    """
     places = list(found.values())
     name = Path("+".join(p.machine for p in places)) / "+".join(
         dict.fromkeys(p.model for p in places)
@@ -126,7 +147,7 @@ def figures_folder(found: dict[str, Found], figures_dir: str = "") -> Path:
     if results.is_reference():
         return ROOT / "figures" / name
     own = places[0].folder
-    if len(places) > 1 or own.is_relative_to(REFERENCE):
+    if len(places) > 1 or own.is_relative_to(REFERENCE) or not own.is_dir():
         return results.base_folder() / name / "figures"
     return own / "figures"
 
@@ -202,14 +223,50 @@ def _conditions(place: Found, records: list[Record]) -> str:
     return " ".join(sentences)
 
 
+def variants(found: dict[str, Found]) -> pd.DataFrame:
+    """Every headline row in a dozen plain columns: ratios to its baseline with their 95 % ends."""
+    rows = []
+    for place in found.values():
+        for record in place.headline:
+            lesson = [other for other in place.headline if other.technique == record.technique]
+            low, high = record.nll_delta_ci95 or (None, None)
+            quality = {"perplexity": record.perplexity, "nll_delta": record.nll_delta}
+            quality |= {"nll_delta_low": low, "nll_delta_high": high}
+            where = {"engine": record.engine, "machine": place.machine}
+            rows.append(front.gain_of(record, lesson) | quality | where)
+    columns = ["technique", "id", "baseline", "speedup", "low", "high", "memory_share"]
+    columns += [*quality, "engine", "model", "machine", "status"]
+    return pd.DataFrame(rows)[columns].rename(columns={"id": "variant"})
+
+
 def write_table(rows: pd.DataFrame, folder: Path, name: str) -> None:
-    """A table for write-ups: `name`.csv, .md and .tex (booktabs)."""
+    """A table for write-ups: `name`.csv, .md and .tex (booktabs, graphicx)."""
     folder.mkdir(parents=True, exist_ok=True)
     rows.to_csv(folder / f"{name}.csv")
     (folder / f"{name}.md").write_text(rows.to_markdown() + "\n", encoding="utf-8")
     signs = {"×": r"$\times$", "Δ": r"$\Delta$", "–": "--", "→": r"$\to$", "≤": r"$\le$"}
-    text = rows.to_latex(escape=True).translate(str.maketrans(signs))
+    text = _latex(rows).translate(str.maketrans(signs))
     (folder / f"{name}.tex").write_text(text, encoding="utf-8")
+
+
+def _latex(rows: pd.DataFrame) -> str:
+    """Rows as tables that each fit a page: long texts wrapped, what is still too wide scaled."""
+    lengths = rows.reset_index().astype(str).map(len)
+    headings = lengths.columns.astype(str)
+    words = [max(map(len, heading.split())) for heading in headings]
+    widths = np.maximum(lengths.max(), words).clip(upper=WRAPPED)
+    wraps = np.maximum(lengths.max(), headings.str.len()) > widths
+    wrapped = (LETTER * widths).map("p{{{:.2f}in}}".format)
+    form = wrapped.where(wraps, "l")
+    inches = LETTER * widths.sum() + 0.083 * len(widths)
+    lines = (lengths / widths).max(axis=1).map(math.ceil)
+    blocks = []
+    for _, block in rows.groupby((lines.cumsum() // PAGE_LINES).to_numpy()):
+        text = block.to_latex(escape=True, column_format="".join(form))
+        if inches > PAGE:
+            text = f"\\resizebox{{\\textwidth}}{{!}}{{%\n{text}}}\n"
+        blocks.append(f"{{\\setlength{{\\tabcolsep}}{{3pt}}%\n{text}}}\n")
+    return "\n".join(blocks)
 
 
 # ---- README

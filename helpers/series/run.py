@@ -23,6 +23,8 @@ from helpers.series import parameters, stamps
 NOTEBOOKS = stamps.NOTEBOOKS
 FOLDERS = ("RESULTS_DIR", "FIGURES_DIR")  # parameters that name a folder
 PROFILES = ("full", "smoke")
+BEFORE = "measured before; --again repeats it"
+STOPPED = "stopped; the next run goes on from here"
 
 
 def notebooks(only: list[str] | None = None, deeper: bool = False) -> list[Path]:
@@ -116,7 +118,7 @@ def parse_parameters(pairs: list[str], defaults: dict) -> dict:
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not name.isidentifier():
-            raise ValueError(f"-p {pair}: write it as NAME=value.")
+            raise ValueError(f"-p {pair!r}: write it as NAME=value.")
         if name not in defaults:
             known = ", ".join(sorted(defaults))
             raise ValueError(f"unknown parameter {name}; these are known: {known}.")
@@ -129,21 +131,36 @@ def _of_the_caller(name: str, value):
     if not isinstance(value, str) or not value:
         return value
     path = Path(os.path.expanduser(value))  # unlike Path's own, it leaves an unknown user alone
-    is_model = name == "MODEL" and (path / "config.json").is_file()
+    is_model = name == "MODEL" and os.path.isfile(path / "config.json")  # False if too long
     if name in FOLDERS or is_model or value.startswith(("./", "../", "~")):
         return str(path.resolve())
     return value
 
 
-def run_one(notebook: Path, out: Path, given: dict, profile: str, reference: bool) -> str:
-    """Run one notebook and stamp it in a reference run; returns "ok" or what failed, in a line."""
+def run_one(
+    notebook: Path, out: Path, given: dict, profile: str, reference: bool, again: bool = True
+) -> str:
+    """Run one notebook and stamp it in a reference run; returns "ok" or what failed, in a line.
+
+    again : also where the same code has measured with the same parameters on this machine.
+    """
     known = known_parameters(notebook)
     small = smoke_parameters(notebook) if profile == "smoke" else {}
     values = {name: value for name, value in (small | given).items() if name in known}
+    code = stamps.code_hash(nbformat.read(notebook, 4))
+    state = repr((code, stamps.measuring_hash(notebook.stem), machine.slug(), values))
+    done = out.with_suffix(".done")
+    compares = notebook == notebooks()[-1]  # whatever the others left by now
+    if not (again or compares) and done.is_file() and done.read_text() == state:
+        return BEFORE
+    done.unlink(missing_ok=True)
     try:
         execute(notebook, out, values, progress=True)
         if reference:
             stamps.stamp(notebook, out)
+        results.write_atomically(done, state)
+    except KeyboardInterrupt:
+        return STOPPED
     except PapermillExecutionError as error:
         return f"{error.ename}: {error.evalue}".strip().splitlines()[0]
     except Exception as error:  # a kernel that died, a full disk: the others still run
@@ -152,26 +169,35 @@ def run_one(notebook: Path, out: Path, given: dict, profile: str, reference: boo
 
 
 def run_all(
-    chosen: list[Path], given: dict, profile: str, out: Path, reference: bool, console: Console
+    chosen: list[Path],
+    given: dict,
+    profile: str,
+    out: Path,
+    reference: bool,
+    console: Console,
+    again: bool,
 ) -> int:
-    """Run the notebooks one after the other; a failed one does not stop the others. Returns the
-    number that failed.
+    """Run the notebooks one after the other; a failed one does not stop the others, Ctrl-C does.
+    Returns the number that failed or were stopped.
     """
     table = Table("notebook", "time", "outcome")
     failed = 0
     for number, notebook in enumerate(chosen, 1):
-        console.print(f"[bold]{number} of {len(chosen)}[/bold] {notebook.stem}")
+        console.print(f"{number} of {len(chosen)} {notebook.stem}", style="bold")
         start = time.perf_counter()
-        outcome = run_one(notebook, out / notebook.name, given, profile, reference)
+        outcome = run_one(notebook, out / notebook.name, given, profile, reference, again)
         seconds = time.perf_counter() - start
-        if outcome != "ok":
+        style = ""
+        if outcome not in ("ok", BEFORE):
             failed += 1
-        style = "" if outcome == "ok" else "red"
+            style = "red"
         table.add_row(notebook.stem, f"{seconds:.0f} s", outcome, style=style)
+        if outcome == STOPPED:
+            break
     console.print(table)
-    where = given.get("RESULTS_DIR", "")
     console.print(f"executed copies in {os.path.relpath(out)}")
-    console.print(f"results below {os.path.relpath(results.base_folder(where))}")
+    base = results.base_folder(given.get("RESULTS_DIR", ""))
+    console.print(f"results below {os.path.relpath(base)}")
     return failed
 
 
@@ -181,14 +207,14 @@ def run_batch(options: argparse.Namespace, console: Console) -> int:
 
     out = options.out or results.ROOT / "runs" / "matrix" / options.matrix.stem
     if options.only or options.parameters or options.deeper or options.reference:
-        console.print("[red]--matrix: lessons and parameters stand in its file.[/red]")
+        console.print("--matrix: lessons and parameters stand in its file.", style="red")
         return 2
     try:
         failed = matrix.run_matrix(options.matrix, out.resolve(), console, options.ray)
     except (ValueError, ImportError, ConnectionError) as error:
-        console.print(f"[red]{error}[/red]")
+        console.print(str(error), style="red")
         return 2
-    return int(failed > 0)
+    return int(bool(failed))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -199,12 +225,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=value")
     parser.add_argument("--out", type=Path, help="folder of the executed copies")
     parser.add_argument("--reference", action="store_true", help="write into notebooks/, stamped")
+    parser.add_argument("--again", action="store_true", help="also what was measured before")
     parser.add_argument("--matrix", type=Path, metavar="FILE", help="models × parameters × lessons")
     parser.add_argument(
         "--ray", nargs="?", const="local", metavar="ADDRESS", help="its cells on a Ray cluster"
     )
     options = parser.parse_args(arguments)
-    console = Console()
+    console = Console(markup=False)  # what a library says may be in brackets
     if options.matrix is not None:
         return run_batch(options, console)
     try:
@@ -221,18 +248,21 @@ def main(arguments: list[str] | None = None) -> int:
         models.resolve(given.get("MODEL", "auto"))
         device = machine.pick_device(given.get("DEVICE", "auto"))
         folder = results.model_folder(given.get("MODEL", "auto"), device)
-    except (ValueError, FileNotFoundError) as error:
-        console.print(f"[red]{error}[/red]")
+    except (ValueError, OSError) as error:
+        console.print(str(error), style="red")
         return 2
     out = options.out
     if out is None:
         below = folder.relative_to(results.base_folder())
         out = results.ROOT / "runs" / below if options.reference else folder
-    failed = run_all(chosen, given, options.profile, out.resolve(), options.reference, console)
+    again = options.again or options.reference
+    failed = run_all(
+        chosen, given, options.profile, out.resolve(), options.reference, console, again
+    )
     stale = [path.stem for path in chosen if options.reference and stamps.is_stale(path)]
     if stale:
         console.print(
-            f"[red]outputs that are not of the code as it stands: {', '.join(stale)}[/red]"
+            f"outputs that are not of the code as it stands: {', '.join(stale)}", style="red"
         )
     return 1 if failed or stale else 0
 
