@@ -433,6 +433,17 @@ def test_a_file_with_a_name_that_would_be_obeyed_is_refused(lesson, field, name)
     assert f"{field}: String should match pattern" in str(refusal.value)
 
 
+@pytest.mark.parametrize("field", ["weight_bytes", "peak_bytes", "world_size", "batch_size"])
+def test_a_count_that_no_machine_can_hold_is_refused(lesson, field):
+    """Tables hold counts in 64 bits."""
+    lesson.add("fp32", dtype="float32")
+    content = json.loads(lesson.finish().read_text())
+    content["records"][0][field] = 10**400
+    lesson.path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"is refused as results.*{field}"):
+        results.read(lesson.path)
+
+
 def test_what_others_say_is_plain_in_a_table():
     """An error's words may hold anything; a row is kept for it all the same."""
     words = "<script>alert(1)</script> | `x` \\input{y}\nend"

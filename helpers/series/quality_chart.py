@@ -35,7 +35,8 @@ def quality_speed(rated: DataFrame) -> Figure:
         groups = []
         for _, group in rows.groupby("panel", sort=False):
             groups.append(group.assign(front=pareto(group)))
-        axes = part.subplots(1, len(groups), squeeze=False)[0]
+        widths = [len(group) ** 0.5 for group in groups]  # names take room
+        axes = part.subplots(1, len(groups), squeeze=False, width_ratios=widths)[0]
         for axis, group in zip(axes, groups, strict=True):
             _draw_points(axis, group)
         for row in rows.drop_duplicates("technique").itertuples():

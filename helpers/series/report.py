@@ -224,8 +224,11 @@ def _conditions(place: Found, records: list[Record]) -> str:
 
 
 def variants(found: dict[str, Found]) -> pd.DataFrame:
-    """Every headline row in a dozen plain columns: ratios to its baseline with their 95 % ends."""
+    """Every headline row in plain columns: ratios to its baseline with their 95 % ends."""
     rows = []
+    columns = ["technique", "id", "baseline", "speedup", "low", "high", "memory_share"]
+    columns += ["perplexity", "nll_delta", "nll_delta_low", "nll_delta_high"]
+    columns += ["engine", "model", "machine", "status"]
     for place in found.values():
         for record in place.headline:
             lesson = [other for other in place.headline if other.technique == record.technique]
@@ -234,9 +237,7 @@ def variants(found: dict[str, Found]) -> pd.DataFrame:
             quality |= {"nll_delta_low": low, "nll_delta_high": high}
             where = {"engine": record.engine, "machine": place.machine}
             rows.append(front.gain_of(record, lesson) | quality | where)
-    columns = ["technique", "id", "baseline", "speedup", "low", "high", "memory_share"]
-    columns += [*quality, "engine", "model", "machine", "status"]
-    return pd.DataFrame(rows)[columns].rename(columns={"id": "variant"})
+    return pd.DataFrame(rows, columns=columns).rename(columns={"id": "variant"})
 
 
 def write_table(rows: pd.DataFrame, folder: Path, name: str) -> None:

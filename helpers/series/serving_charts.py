@@ -33,8 +33,8 @@ def batching(frame: DataFrame, title: str = "Throughput of a mixed workload", st
     for panel, rows in parts:
         axis = panel.subplots()
         y = plots.bars(axis, rows, "tokens_per_s", "{:.0f}", "useful tokens/s")
-        edge = axis.get_xlim()[1]
-        axis.set_xlim(0, edge * 1.35)
+        edge = axis.get_xlim()[1] * 1.08  # right of the numbers
+        axis.set_xlim(0, edge * 1.3)
         rows = rows.assign(y=y).set_index("id")
         for before, after, change in steps:
             if before in rows.index and after in rows.index:
