@@ -69,12 +69,13 @@ def best_seconds(work: Callable[[], object], device: str, repeats: int = 3) -> f
             work()
             seconds.append(time.perf_counter() - start)
         return min(seconds)
+    stream = torch.cuda.current_stream(device)  # without it an event is the current card's
     milliseconds = []
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        start.record(stream)
         work()
-        end.record()
+        end.record(stream)
         timing.synchronize(device)
         milliseconds.append(start.elapsed_time(end))
     return min(milliseconds) / 1e3

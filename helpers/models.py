@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from helpers import memory
+from helpers import memory, timing
 from helpers.series import checkpoints
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -96,33 +96,52 @@ def resolve(model: str = "auto", quantized: bool = False) -> str:
     quantized : a checkpoint that is quantized already will do (where only its shape is read).
 
     Raises ValueError in one sentence for what is neither a folder of a model nor a reachable one,
-    for an adapter, and for a model that is quantized already.
+    for an adapter, for a model that is quantized already, and for a folder whose weights are not
+    the model's.
     """
     if model == "auto":
         return str(default_folder())
     if model.startswith(checkpoints.RANDOM):
         return _random_folder(model)
     folder = Path(model).expanduser()
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+    # os.path answers False for a name that is longer than a file's may be; Path raises
+    has_config = os.path.isfile(folder / "config.json")
+    if os.path.isfile(folder / "adapter_config.json") and not has_config:
         raise ValueError(f"MODEL={model!r} is an adapter: name a model, with it merged in.")
-    if (folder / "config.json").is_file():
+    if has_config:
         source = str(folder)
-    elif folder.exists() or model.startswith((".", "/", "~")):
+    elif os.path.exists(folder) or model.startswith((".", "/", "~")):
         raise ValueError(f"MODEL={model!r} is no folder with a config.json in it.")
     else:
         source = model
     try:
         config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged configuration raises errors of many kinds
         raise ValueError(
             f"MODEL={model!r} is neither a folder here nor a model that can be reached on the hub "
             "(check the name, the network, and HF_TOKEN for gated models)."
         ) from error
-    if getattr(config, "quantization_config", None) is not None and not quantized:
+    if quantized:
+        return source
+    if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"MODEL={model!r} is quantized already: name the original, the lessons quantize it."
         )
+    if has_config:
+        _check_folder(model, source)
     return source
+
+
+@functools.cache
+def _check_folder(model: str, folder: str) -> None:
+    """Refuse a folder whose weights cannot be read or are not the model's, by names and shapes."""
+    try:
+        _, report = AutoModelForCausalLM.from_pretrained(
+            folder, device_map="meta", use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # a file that is cut, a pointer or a pickle: each its own kind
+        raise ValueError(f"MODEL={model!r} cannot be read: {timing.failure(error)[1]}") from error
+    _check_whole(model, report)
 
 
 def identity(model: str = "auto") -> tuple[str, str | None]:

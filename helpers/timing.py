@@ -196,6 +196,9 @@ def failure(error: Exception) -> tuple[str, str]:
     first_line = re.sub(r"(?<!\S)/\S+/", "", message.splitlines()[0])  # no paths of this machine
     out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     if out_of_memory or re.search(r"can't allocate memory|out of memory", message):
+        asked = re.search(r"tried to allocate (\d+) bytes", first_line)
+        if asked:
+            return "oom", f"could not allocate another {int(asked[1]) / 1e9:.2f} GB"
         return "oom", first_line.split(". ")[0]
     if isinstance(error, (NotImplementedError, ImportError)):
         return "unsupported", first_line

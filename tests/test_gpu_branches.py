@@ -287,18 +287,20 @@ def test_work_on_a_card_is_timed_by_events(cards, monkeypatch):
         def __init__(self, enable_timing: bool):
             assert enable_timing
 
-        def record(self):
-            cards.log.append("record")
+        def record(self, stream):
+            cards.log.append(f"record on {stream}")
 
         def elapsed_time(self, end) -> float:
             cards.log.append("elapsed")
             return milliseconds.pop()
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
     seconds = limits.best_seconds(lambda: cards.log.append("work"), "cuda:1")
     assert seconds == 3e-3
     waited = "synchronize cuda:1"
-    timed = ["record", "work", "record", waited, "elapsed"]
+    record = "record on stream of cuda:1"
+    timed = [record, "work", record, waited, "elapsed"]
     assert cards.log == ["work", waited, *timed * 3]
 
 

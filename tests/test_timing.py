@@ -177,6 +177,12 @@ def test_no_path_of_this_machine_is_in_a_reason():
     assert (status, reason) == ("failed", "OSError: no file config.json here")
 
 
+def test_what_a_cpu_cannot_allocate_is_told_in_gigabytes():
+    with pytest.raises(RuntimeError) as refusal:
+        torch.empty(10**15)
+    assert timing.failure(refusal.value) == ("oom", "could not allocate another 4000000.00 GB")
+
+
 @pytest.mark.parametrize(("pairs", "warmup"), [(0, 1), (3, -1)])
 def test_pairs_and_warmup_are_checked(pairs, warmup):
     with pytest.raises(ValueError, match="REPEATS must be at least 1"):
