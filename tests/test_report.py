@@ -43,17 +43,17 @@ def variant(latency: list[float], peak: int, **fields):
 @pytest.mark.parametrize(
     ("latency", "peak", "direction", "size", "memory"),
     [
-        ([1.61, 1.63, 1.60], 600, "holds here", "met", "holds here"),
+        ([1.61, 1.63, 1.60], 600, "holds here", "as claimed", "holds here"),
         ([1.0, 1.01, 0.99], 600, "holds here", "larger", "holds here"),
         ([1.9, 1.915, 1.88], 1900, "holds here", "smaller", "does not hold here"),
         ([4.0, 4.04, 3.97], 600, "does not hold here", "smaller", "holds here"),
-        ([2.4, 1.7, 2.0], 600, "undecided", "met", "holds here"),
+        ([2.4, 1.7, 2.0], 600, "undecided", "as claimed", "holds here"),
     ],
 )
 def test_claims_follow_the_records(latency, peak, direction, size, memory):
     found = claims.claims([a_record(**BASE), variant(latency, peak)], "mixed_precision")
     speed = found.loc["16-bit weights generate faster than 32-bit ones"]
-    assert (speed["verdict"], speed["size"]) == (direction, size)
+    assert (speed["verdict"], speed["effect"]) == (direction, size)
     assert found.loc["16-bit weights take half the memory", "verdict"] == memory
     assert (
         found.loc["mixed precision (autocast) is slower than plain float32", "verdict"]
@@ -61,10 +61,10 @@ def test_claims_follow_the_records(latency, peak, direction, size, memory):
     )
 
 
-@pytest.mark.parametrize(("peak", "size"), [(350, "larger"), (600, "met"), (900, "smaller")])
+@pytest.mark.parametrize(("peak", "size"), [(350, "larger"), (600, "as claimed"), (900, "smaller")])
 def test_the_size_of_a_saving_is_larger_where_less_is_left(peak, size):
     found = claims.claims([a_record(**BASE), variant([1.6, 1.6, 1.6], peak)], "mixed_precision")
-    assert found.loc["16-bit weights take half the memory", "size"] == size
+    assert found.loc["16-bit weights take half the memory", "effect"] == size
 
 
 def test_a_claim_of_likeness_needs_a_narrow_interval():
@@ -217,7 +217,7 @@ def test_throughput_may_compare_engines_and_speed_may_not():
         )
     ]
     found = verdict_of("vllm-throughput", rows)
-    assert (found["here"], found["verdict"], found["size"]) == ("4.00×", "holds here", "smaller")
+    assert (found["here"], found["verdict"], found["effect"]) == ("4.00×", "holds here", "smaller")
     assert verdict_of("continuous-throughput", rows)["here"] == "2.00×"
     assert claims.RATIOS["speed"](rows[3], rows[1]) is None
 

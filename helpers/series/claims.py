@@ -38,7 +38,7 @@ def claims(records: list[Record], technique: str | None = None) -> pd.DataFrame:
     verdict : holds here, does not hold here, undecided (the interval spans the bound), or not
         testable here. Likeness holds where the whole interval lies within 5 % of one, a bound
         ("at most") where all of it lies below.
-    size : met where the article's figure lies in the interval widened by 5 %, else the effect is
+    effect : as claimed where the article's figure lies in the interval widened by 5 %, else the effect is
         larger or smaller; "–" where the article gives none.
     decided on : the two rows, the model and the device; where nothing is decided, why.
     """
@@ -102,7 +102,7 @@ def shown(gain: timing.Ratio) -> str:
 
 
 def _untested(why: str) -> dict:
-    return {"here": "–", "verdict": UNTESTED, "size": "–", "decided on": why}
+    return {"here": "–", "verdict": UNTESTED, "effect": "–", "decided on": why}
 
 
 def _evidence(one: Record, other: Record) -> str:
@@ -129,14 +129,14 @@ def _direction(low: float, high: float, direction: str) -> str:
     return OPEN
 
 
-def _size(low: float, high: float, direction: str, article: float | None) -> str:
+def _effect(low: float, high: float, direction: str, article: float | None) -> str:
     """Is the effect as large as in the article, within 5 %? A smaller ratio may be the larger."""
     if article is None:
         return "–"
     above = low / (1 + ALIKE) > article
     below = high * (1 + ALIKE) < article
     if not above and not below:
-        return "met"
+        return "as claimed"
     return "larger" if above != (direction == "down") else "smaller"
 
 
@@ -145,7 +145,7 @@ def _verdict(gain: timing.Ratio, direction: str, article: float | None) -> dict:
     return {
         "here": shown(gain),
         "verdict": _direction(low, high, direction),
-        "size": _size(low, high, direction, article),
+        "effect": _effect(low, high, direction, article),
     }
 
 
@@ -238,7 +238,7 @@ def _compromise(fact: dict, records: list[Record]) -> dict:
     return {
         "here": f"{len(worse)} of {len(faster)} faster variants lose quality",
         "verdict": HOLDS if worse else FAILS,
-        "size": "–",
+        "effect": "–",
         "decided on": f"all scored rows; {Path(records[0].model).name}, {records[0].device}",
     }
 
@@ -253,7 +253,7 @@ def _fits(fact: dict, records: list[Record]) -> dict:
     return {
         "here": f"{share:.2f}×",
         "verdict": HOLDS if share <= 1 else FAILS,
-        "size": "–",
+        "effect": "–",
         "decided on": f"the planner's bytes and a {card}; nothing was run",
     }
 
@@ -263,7 +263,7 @@ def _degrees(fact: dict, records: list[Record]) -> dict:
     return {
         "here": f"{model.heads} heads, {model.kv_heads} for keys",
         "verdict": HOLDS if planner.degrees(model) == [1] else FAILS,
-        "size": "–",
+        "effect": "–",
         "decided on": f"the configuration of {fact['variant']}",
     }
 
