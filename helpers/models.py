@@ -115,8 +115,11 @@ def resolve(model: str = "auto", quantized: bool = False) -> str:
     else:
         source = model
     try:
-        config = AutoConfig.from_pretrained(source)
+        # False, not None: transformers would ask whether to run a checkpoint's own code
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # a damaged configuration raises errors of many kinds
+        if has_config:
+            raise ValueError(_unreadable(model, error)) from error
         raise ValueError(
             f"MODEL={model!r} is neither a folder here nor a model that can be reached on the hub "
             "(check the name, the network, and HF_TOKEN for gated models)."
@@ -140,8 +143,12 @@ def _check_folder(model: str, folder: str) -> None:
             folder, device_map="meta", use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # a file that is cut, a pointer or a pickle: each its own kind
-        raise ValueError(f"MODEL={model!r} cannot be read: {timing.failure(error)[1]}") from error
+        raise ValueError(_unreadable(model, error)) from error
     _check_whole(model, report)
+
+
+def _unreadable(model: str, error: Exception) -> str:
+    return f"MODEL={model!r} cannot be read: {timing.failure(error)[1]}"
 
 
 def identity(model: str = "auto") -> tuple[str, str | None]:
@@ -161,7 +168,7 @@ def identity(model: str = "auto") -> tuple[str, str | None]:
 
 def tokenizer(model: str = "auto"):
     """The model's tokenizer."""
-    return AutoTokenizer.from_pretrained(resolve(model))
+    return AutoTokenizer.from_pretrained(resolve(model), trust_remote_code=False)
 
 
 def prompt_ids(tokenizer, text: str) -> torch.Tensor:

@@ -224,6 +224,17 @@ def test_a_damaged_file_of_weights_is_refused_in_one_sentence(tiny_llama, tmp_pa
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"model_type": 3}', '{"model_type": "llama", "vocab_size": "many"}']
+)
+def test_a_damaged_configuration_is_refused_in_one_sentence(tiny_llama, tmp_path, content):
+    folder = copy_of(tiny_llama, tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"MODEL=.*model' cannot be read: ") as refusal:
+        models.resolve(folder)
+    assert "\n" not in str(refusal.value)
+
+
 def test_a_name_longer_than_a_file_may_have_is_refused():
     with pytest.raises(ValueError, match="is neither a folder here nor a model"):
         models.resolve("a" * 300)
@@ -282,12 +293,24 @@ def test_a_pickle_as_checkpoint_is_refused_and_never_opened(tiny_llama, tmp_path
     assert not victim.exists()
 
 
-def test_a_checkpoint_with_code_of_its_own_is_not_run(tiny_llama, tmp_path):
+def test_a_checkpoint_with_code_of_its_own_is_not_run(tiny_llama, tmp_path, capfd):
     folder = copy_of(tiny_llama, tmp_path / "model")
     victim = tmp_path / "victim"
     (tmp_path / "model" / "own.py").write_text(f"open({str(victim)!r}, 'w')\n")
     own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
     change(tmp_path / "model" / "config.json", model_type="of-its-own", auto_map=own)
-    with pytest.raises(ValueError, match=r"MODEL=.*is neither a folder here nor a model"):
+    with pytest.raises(ValueError, match=r"MODEL=.* cannot be read: .*custom code"):
         models.load(folder)
-    assert not victim.exists()
+    assert not victim.exists() and "y/N" not in capfd.readouterr().out
+
+
+def test_a_tokenizer_with_code_of_its_own_is_not_run(tiny_llama, tmp_path, capfd):
+    folder = copy_of(tiny_llama, tmp_path / "model")
+    victim = tmp_path / "victim"
+    (tmp_path / "model" / "own.py").write_text(f"open({str(victim)!r}, 'w')\n")
+    own = {"AutoTokenizer": ["own.Tokenizer", None]}
+    settings = tmp_path / "model" / "tokenizer_config.json"
+    change(settings, tokenizer_class="OwnTokenizer", auto_map=own)
+    with pytest.raises(ValueError, match="custom code"):
+        models.tokenizer(folder)
+    assert not victim.exists() and "y/N" not in capfd.readouterr().out
