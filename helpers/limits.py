@@ -135,13 +135,6 @@ def launches_among(calls: dict[str, int]) -> int:
     return sum(count for name, count in calls.items() if LAUNCH.fullmatch(name))
 
 
-def launch_limit(launches: int, launch_s: float, batch_size: int = 1) -> float:
-    """Best possible decode speed in tokens/s by launches of `launch_s` seconds, `launches` a
-    step.
-    """
-    return batch_size / (launches * launch_s)
-
-
 def read_shares(net) -> dict[torch.nn.Parameter, float]:
     """The share of a parameter that one token must read, of those that it need not read whole.
 

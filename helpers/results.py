@@ -5,10 +5,8 @@ lies `machine.json`, what the hardware can do (`keep_limits`).
 """
 
 import contextlib
-import csv
 import datetime
 import fcntl
-import fnmatch
 import itertools
 import json
 import math
@@ -28,7 +26,6 @@ from helpers import machine, memory, models, quality, timing
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = 2
 GB = 1e9
-DETAILS = Path(__file__).with_name("data") / "details.csv"
 STABLE = 0.05  # two readings of bandwidth so close together make one that counts
 
 SPEED = ("tokens_per_s", "decode_tokens_per_s", "prefill_tokens_per_s", "moved_bytes_per_s")
@@ -726,39 +723,6 @@ def _place(name: str, lesson: Results) -> tuple[str, bool, str]:
     """Where a file stands among others: by number, a lesson's own before its deeper notebooks'."""
     techniques = {record.technique for record in lesson.records}
     return name[:2], name[3:] not in techniques, name
-
-
-def undeclared_details(records: list[Record]) -> list[str]:
-    """A sentence for each detail that `helpers/data/details.csv` does not know, or of another type.
-
-    A technique that the table does not have at all declares none: the series can grow.
-    """
-    with DETAILS.open(encoding="utf-8", newline="") as file:
-        declared = list(csv.DictReader(file))
-    techniques = {row["technique"] for row in declared}
-    problems = {}
-    for record in records:
-        known = [row for row in declared if row["technique"] in ("*", record.technique)]
-        for name, value in record.details.items():
-            types = {row["type"] for row in known if fnmatch.fnmatchcase(name, row["name"])}
-            if not types and record.technique in techniques:
-                problems[name] = f"{record.technique}: {name} is not declared"
-            elif types and not any(_is_of(value, kind) for kind in types):
-                problems[name] = f"{record.technique}: {name} is {value!r}, not {min(types)}"
-    return list(problems.values())
-
-
-def _is_of(value, kind: str) -> bool:
-    """Is a detail, or each value of its list, of this type? A whole number is a float too."""
-    accepted = {"float": (float, int), "int": int, "bool": bool, "str": str}[kind]
-    values = value if isinstance(value, list) else [value]
-    numbers_only = kind in ("float", "int")
-    for one in values:
-        if numbers_only and isinstance(one, bool):
-            return False
-        if one is not None and not isinstance(one, accepted):
-            return False
-    return True
 
 
 # ---- what the machine can do

@@ -19,6 +19,7 @@ import pytest
 from helpers import models, results
 from helpers.series import load_figures, processes, run
 from helpers.workers import client_06
+from tests import declared
 
 NOTEBOOK = run.NOTEBOOKS / "deeper" / "06_under_load.ipynb"
 DEAD_PROXY = "http://127.0.0.1:9"  # nobody listens there
@@ -86,7 +87,7 @@ def test_a_closed_loop_hides_who_would_have_waited():
 def test_every_figure_of_a_load_is_declared():
     details = load_figures.summary([GENERATED] * 125, 1.0, 0.25)
     row = types.SimpleNamespace(technique="continuous_batching", details=details)
-    assert results.undeclared_details([row]) == []
+    assert declared.undeclared_details([row]) == []
 
 
 # ---- servers

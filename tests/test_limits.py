@@ -139,11 +139,6 @@ def test_a_cpu_has_no_launches_to_count():
     assert limits.launches(made(READ["tied"][0])) is None
 
 
-def test_launch_limit_is_a_step_of_launches():
-    assert limits.launch_limit(500, launch_s=1e-5) == pytest.approx(200)
-    assert limits.launch_limit(500, launch_s=1e-5, batch_size=4) == pytest.approx(800)
-
-
 def test_decode_limit_counts_weights_once_and_every_cache():
     assert limits.decode_limit(100, bandwidth=1000) == 10
     assert limits.decode_limit(100 + 300, bandwidth=1000, batch_size=4) == 10

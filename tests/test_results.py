@@ -14,6 +14,7 @@ import pytest
 from pydantic import ValidationError
 
 from helpers import memory, quality, results, timing
+from tests import declared
 
 ALL = results.null("not measured", *results.NULLABLE)
 
@@ -355,7 +356,7 @@ def test_a_table_shows_failures_and_memory_above_the_start():
 
 def test_each_detail_is_declared_with_its_type():
     for path in sorted((results.ROOT / "notebooks" / "results").glob("*/*/[0-9]*.json")):
-        assert results.undeclared_details(results.read(path).records) == []
+        assert declared.undeclared_details(results.read(path).records) == []
 
 
 @pytest.mark.parametrize(
@@ -371,7 +372,7 @@ def test_each_detail_is_declared_with_its_type():
     ],
 )
 def test_details_that_no_table_knows_are_found(technique, details, problem):
-    problems = results.undeclared_details([a_record(technique=technique, details=details)])
+    problems = declared.undeclared_details([a_record(technique=technique, details=details)])
     if problem is None:
         assert problems == []
     else:

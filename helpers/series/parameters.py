@@ -11,7 +11,6 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from helpers import models
 from helpers.series import planner
 
 DATA = Path(__file__).parent.parent / "data"
@@ -102,7 +101,7 @@ def fill_defaults(notebook: dict, device: str, model: str) -> None:
     """
     missing = [name for name in defaults().index.unique() if notebook.get(name, "") is None]
     if missing:
-        size = 2 * planner.parameters(planner.describe(models.resolve(model)))["total"]
+        size = 2 * planner.parameters(planner.describe(model))["total"]
     for name in missing:
         rows = defaults().loc[[name]]
         rows = rows[rows["device"] == device.split(":")[0]].sort_values("up_to_bytes")
