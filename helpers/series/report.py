@@ -19,7 +19,7 @@ import pandas as pd
 
 from helpers import machine, results
 from helpers.results import Record, Results
-from helpers.series import bundle, front, stamps
+from helpers.series import bundle, front, history, stamps
 from helpers.series.claims import claims, counts
 
 ROOT = results.ROOT
@@ -352,12 +352,13 @@ def readme_parts(place: Found | None) -> dict[str, str]:
     parts = {"lessons": _lesson_table(rows), "deeper": "\n".join(deeper)}
     parts["stamps"] = _stamp_sentence()
     if place is None:
-        missing_parts = ("sentence", "chart", "conditions", "surprises", "claims")
+        missing_parts = ("sentence", "chart", "conditions", "surprises", "claims", "history")
         return parts | dict.fromkeys(missing_parts, "*No results yet.*")
     where = front.conditions(place.records[0], next(iter(place.lessons.values())).machine)
     parts["sentence"] = front.sentence(rows, where)
     parts["chart"] = _picture(place, parts["sentence"])
     parts["conditions"] = _conditions_line(place)
+    parts["history"] = history.moved(history.read(REFERENCE / place.machine))
     parts["surprises"] = "\n".join(front.surprises(place.records))
     judged = claims(place.records)
     table = judged.reset_index(names="the article's claim").to_markdown(index=False)

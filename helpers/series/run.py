@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from helpers import machine, models, results
-from helpers.series import parameters, stamps
+from helpers.series import history, parameters, stamps
 
 NOTEBOOKS = stamps.NOTEBOOKS
 FOLDERS = ("RESULTS_DIR", "FIGURES_DIR")  # parameters that name a folder
@@ -259,6 +259,8 @@ def main(arguments: list[str] | None = None) -> int:
     failed = run_all(
         chosen, given, options.profile, out.resolve(), options.reference, console, again
     )
+    if options.reference:
+        history.append(results.base_folder() / machine.slug(device))
     stale = [path.stem for path in chosen if options.reference and stamps.is_stale(path)]
     if stale:
         console.print(
