@@ -35,7 +35,7 @@ gpu-check:
 	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m tests.bench.gpu $(if $(SECONDS),--seconds $(SECONDS))
 
 bench: $(READY)
-	status=0; for part in measuring engines serving; do $(PY) -m tests.bench.$$part || status=1; done; exit $$status
+	status=0; for part in measuring engines serving perplexity; do $(PY) -m tests.bench.$$part || status=1; done; exit $$status
 
 soak: $(READY)
 	$(PY) -m tests.bench.soak
