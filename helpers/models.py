@@ -1,6 +1,7 @@
 """Which model, and which text? Resolve "auto", load; the embedded default model and texts."""
 
 import atexit
+import contextlib
 import functools
 import gc
 import hashlib
@@ -139,9 +140,10 @@ def resolve(model: str = "auto", quantized: bool = False) -> str:
 def _check_folder(model: str, folder: str) -> None:
     """Refuse a folder whose weights cannot be read or are not the model's, by names and shapes."""
     try:
-        _, report = AutoModelForCausalLM.from_pretrained(
-            folder, device_map="meta", use_safetensors=True, output_loading_info=True
-        )
+        with _no_progress_bars():
+            _, report = AutoModelForCausalLM.from_pretrained(
+                folder, device_map="meta", use_safetensors=True, output_loading_info=True
+            )
     except Exception as error:  # a file that is cut, a pointer or a pickle: each its own kind
         raise ValueError(_unreadable(model, error)) from error
     _check_whole(model, report)
@@ -215,9 +217,7 @@ def load(
     arguments = {"device_map": device, **options}
     if arguments["device_map"] == device:
         checkpoints.check_fits(source, dtype, device, options.get("quantization_config"))
-    progress_bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # their residue has no place in a notebook's output
-    try:
+    with _no_progress_bars():
         net, report = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
@@ -225,9 +225,6 @@ def load(
             output_loading_info=True,
             **arguments,
         )
-    finally:
-        if progress_bars:
-            logging.enable_progress_bar()
     _check_whole(model, report)
     _check_quantized(net)
     other = {p.dtype for p in net.parameters() if p.is_floating_point()} - {dtype}
@@ -237,6 +234,18 @@ def load(
     net.config.use_cache = True  # a checkpoint that was fine-tuned may say otherwise
     memory.free()  # what loading and quantizing left over
     return net.eval()
+
+
+@contextlib.contextmanager
+def _no_progress_bars():
+    """Within it transformers shows none: their residue has no place in a notebook's output."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _check_whole(model: str, report: dict) -> None:
