@@ -1,10 +1,11 @@
 """Lessons 01 and 02: what they say of one thing agrees, and no figure is above its ceiling."""
 
+import nbformat
 import pytest
 from pandas import read_csv
 
 from helpers import limits, results
-from helpers.series import planner
+from helpers.series import planner, run
 from helpers.series.claims import DATA
 
 REFERENCE = results.ROOT / "notebooks" / "results"
@@ -25,6 +26,13 @@ def by_name(file: results.Results) -> dict[str, results.Record]:
 def pairs() -> list[tuple[dict, dict]]:
     first, second = committed("01_mixed_precision"), committed("02_bfloat16")
     return [(by_name(a), by_name(b)) for (a, _), (b, _) in zip(first, second, strict=True)]
+
+
+@pytest.mark.parametrize("lesson", ["01_mixed_precision", "02_bfloat16"])
+def test_a_lesson_asks_for_the_kind_of_a_device(lesson):
+    """`DEVICE="cuda:1"` is a card as well: only `torch.device(device).type` is "cuda"."""
+    notebook = nbformat.read(run.NOTEBOOKS / f"{lesson}.ipynb", 4)
+    assert not [cell.id for cell in notebook.cells if 'device == "cuda"' in cell.source]
 
 
 @pytest.mark.parametrize("name", BOTH)
