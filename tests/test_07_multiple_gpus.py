@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from helpers import machine, memory, models, results, timing
 from helpers.series import launches_07, planner, processes, run
 
 LESSON = "07_multiple_gpus"
+TENSOR = launches_07.WORKERS / "tensor_07.py"
 PROMPT, NEW, WAIT_S = [5, 60, 700, 8000], 6, 8
 ON_CPUS = pytest.mark.skipif(torch.cuda.is_available(), reason="tells what CPU ranks do")
 
@@ -61,7 +63,7 @@ def launched(tiny_llama, scripts):
         "single": launches_07.WHOLE,
         "offload": launches_07.OFFLOAD,
         "fsdp": scripts / "fsdp.py",
-        "tp": scripts / "tensor.py",
+        "tp": TENSOR,
     }
 
     def launch(strategy, nodes):
@@ -87,7 +89,7 @@ def test_cut_products_join_to_the_whole(lesson, ranks):
     assert not torch.allclose(sums[0], sum(sums), atol=1e-3), "one rank alone has a partial sum"
 
 
-def test_vllm_repeats_the_heads_for_keys_and_values(lesson):
+def test_vllm_repeats_the_heads_for_keys_and_values():
     degrees = {
         "falcon-7b": [1],
         "falcon-40b": [1, 2, 4, 8, 16],
@@ -95,7 +97,7 @@ def test_vllm_repeats_the_heads_for_keys_and_values(lesson):
         "auto": [1, 3],
     }
     for name, expected in degrees.items():
-        assert lesson["vllm_degrees"](planner.describe(name)) == expected
+        assert planner.degrees(planner.describe(name), engine="vllm") == expected
 
 
 def test_prediction_adds_work_messages_and_bytes(definitions):
@@ -192,15 +194,22 @@ def test_bytes_are_split_and_the_ledger_holds(
     assert sum(rank["own_bytes"] for rank in ranks) == pytest.approx(weights, rel=0.01)
     assert max(rank["own_bytes"] for rank in ranks) < 0.51 * weights
     shape = planner.describe(tiny_llama)
-    predicted = lesson["predicted_sent"](strategy, shape, weights, 2, len(PROMPT), NEW)
+    predicted = lesson["predicted_sent"](strategy, shape, 2, len(PROMPT), NEW, 4)
     assert least < ranks[0]["wire_bytes"] / NEW / predicted < most
     assert all(0 < rank["share"] <= 1 and rank["messages"] > 0 for rank in ranks)
 
 
+def test_the_copied_script_stops_for_a_model_without_a_plan(tiny_falcon, scripts, monkeypatch):
+    """Before it meets other ranks or loads anything."""
+    monkeypatch.setattr(sys, "argv", ["copy_me.py", tiny_falcon, "float32", "2"])
+    with pytest.raises(SystemExit, match="no plan to cut falcon"):
+        runpy.run_path(str(scripts / "copy_me.py"))
+
+
 @pytest.mark.slow
-def test_a_model_without_a_plan_is_unsupported(tiny_falcon, scripts):
+def test_a_model_without_a_plan_is_unsupported(tiny_falcon):
     with pytest.raises(NotImplementedError, match="no plan to cut falcon"):
-        jobs_of(tiny_falcon).torchrun(scripts / "tensor.py", 2)
+        jobs_of(tiny_falcon).torchrun(TENSOR, 2)
 
 
 @pytest.fixture
@@ -234,9 +243,9 @@ def marked(tmp_path, monkeypatch):
     ],
     ids=["killed", "hanging"],
 )
-def test_a_lost_rank_ends_all_and_is_named(tiny_llama, scripts, marked, blow, kind, sentence):
+def test_a_lost_rank_ends_all_and_is_named(tiny_llama, marked, blow, kind, sentence):
     """Ended by what the ranks find out of each other, long before the deadline would end them."""
-    group = jobs_of(tiny_llama, 400).torchrun(scripts / "tensor.py", 2)
+    group = jobs_of(tiny_llama, 400).torchrun(TENSOR, 2)
     striking = threading.Timer(0.5, lambda: marked(RANK="1")[0].send_signal(blow))
     striking.start()
     with pytest.raises(kind, match=sentence):
