@@ -159,6 +159,16 @@ def test_what_one_device_cannot_hold_is_not_started():
             NotImplementedError,
             "rank 0: no plan",
         ),
+        (
+            "a.py ended with exit code 1; its last lines:\nValueError: cpu does not support ray.",
+            NotImplementedError,
+            "cpu does not support ray",
+        ),
+        (
+            "a.py ended with exit code 1; its last lines:\nKeyError: 'request-1'",
+            processes.ServingError,
+            "KeyError: 'request-1'",
+        ),
     ],
 )
 def test_a_launch_fails_as_one_process_would(lines, kind, sentence):

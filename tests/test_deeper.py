@@ -9,12 +9,10 @@ from helpers import results
 from helpers.series import run
 
 OTHER_MODEL = {"03_schemes": {"MODEL": "random:tiny-llama"}}  # minutes on the embedded one
-FAILS = {"07_beyond_one_machine": "vLLM's pipeline and two replicas fail on the reference machine"}
 DEEPER = []
 for path in run.notebooks(deeper=True):
     if path.stem[:2] not in ("04", "05") and path.stem != "07_predicted_speed":  # run elsewhere
-        marks = pytest.mark.skip(reason=FAILS[path.stem]) if path.stem in FAILS else ()
-        DEEPER.append(pytest.param(path, id=path.stem, marks=marks))
+        DEEPER.append(pytest.param(path, id=path.stem))
 TECHNIQUE = {path.stem[:2]: path.stem[3:] for path in run.notebooks()}
 
 

@@ -472,6 +472,13 @@ raise SystemExit("RuntimeError: See root cause above.")
     assert "900 GiB" in told[1] and told[2].endswith("11") and told[-1].startswith("RuntimeError")
 
 
+def test_an_error_without_a_message_comes_with_its_line_of_code():
+    mark = "(Worker pid=7) ERROR [executor.py:1] "
+    code = [f"{mark}    assert buffer is not None", f"{mark}           ^^^^^^", mark]
+    told = processes._tail([*code, f"{mark}AssertionError", *["a line"] * 30])
+    assert told.splitlines()[0] == f"{mark}AssertionError: assert buffer is not None"
+
+
 def test_rank_without_a_mark_is_shown_by_what_came_before_the_summary():
     summary = [
         "W1 torch/distributed/elastic/multiprocessing/api.py:1] Sending closing signal",

@@ -415,22 +415,30 @@ class Jobs:
 
     @contextlib.contextmanager
     def replicas(self, count: int):
-        """Ray Serve LLM with so many copies of the model, up: a `processes.Server`."""
+        """Ray Serve LLM with so many copies of the model, up: a `processes.Server`. Raises as
+        `Ranks` does, of its client too.
+        """
         with tempfile.TemporaryDirectory(prefix="replicas-") as folder:
-            job = self._job(replicas=count, cores=max(4, 2 * count))
+            # of Ray's CPUs each replica takes one for itself and one for its engine, the ingress one
+            job = self._job(replicas=count, cores=2 * count + 1)
             path = Path(folder, "job.json")
             path.write_text(json.dumps(job))
             env = environment(ENGINES, self.device, threads_of(count)) | {
                 "PYTHONPATH": helpers_alone(),
                 "VLLM_CPU_OMP_THREADS_BIND": "nobind",
                 "RAY_AUTH_TOKEN": secrets.token_hex(32),
+                # few cores start all of it at once: Ray's own 5 s may not be enough
+                "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": f"{self.limit_s:g}",
                 "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "helpers.workers.ray_07.middlewares",
             }
             command = [self.vllm_python, WORKERS / "ray_07.py", path, "{port}"]
-            with processes.server(
-                command, env=env, ready="/v1/models", ready_s=self.limit_s
-            ) as server:
-                yield server
+            try:
+                with processes.server(
+                    command, env=env, ready="/v1/models", ready_s=self.limit_s
+                ) as server:
+                    yield server
+            except processes.ServingError as error:
+                raise cause(error) from error
 
     def fault(self, how: str, wait_s: float) -> None:
         """Two CPU ranks without a model, of which one "dies" or "hangs". Raises ServingError."""
@@ -470,24 +478,26 @@ _alone = tempfile.TemporaryDirectory(prefix="helpers-alone-")
 
 def cause(error: processes.ServingError) -> Exception:
     """What ended a launch, as the exception that one process would have raised."""
-    text = str(error)
+    text, said = str(error), reason(error)
     if re.search(r"MemoryError|(can't|[Cc]annot) allocate memory|out of memory", text):
-        return MemoryError(f"out of memory: {reason(error)}")
-    if re.search(r"NotImplementedError|ImportError|ModuleNotFoundError", text):
-        return NotImplementedError(reason(error))
-    return processes.ServingError(reason(error))
+        return MemoryError(f"out of memory: {said}")
+    missing = re.search(r"NotImplementedError|ImportError|ModuleNotFoundError", text)
+    if missing or "not support" in said:  # vLLM's refusals are ValueErrors
+        return NotImplementedError(said)
+    return processes.ServingError(said)
 
 
 def reason(error: Exception) -> str:
     """The first error that a failed launch named, and its rank, without paths; else how the launch
-    ended.
+    ended. A message of one word (a key that is missing, say) comes with its error's name.
     """
     outcome, _, lines = str(error).partition("\n")
     sentence = outcome.removesuffix("; its last lines:")
     named = re.search(r"\w*(?:Error|Exception): ([^\n]+)", lines)
     if named:
         rank = re.match(r"rank \d+", outcome)
-        sentence = f"{rank[0]}: {named[1]}" if rank else named[1]
+        message = named[1] if " " in named[1] else named[0]
+        sentence = f"{rank[0]}: {message}" if rank else message
     return re.sub(r"/\S+/", "", sentence).strip().rstrip(".")
 
 

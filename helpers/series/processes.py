@@ -224,7 +224,16 @@ def _outcome(code: int) -> str:
 
 
 def _tail(lines: Sequence[str], count: int = 20) -> str:
-    said = [line for line in lines if line.strip()]
+    """The last lines, after the first error if that is not among them; an error without a message
+    is given the line of code that raised it.
+    """
+    said = []
+    for line in lines:
+        bare = re.fullmatch(r"(.*\] )?[\w.]*(Error|Exception)", line)
+        if bare and said:
+            line += f": {said[-1].removeprefix(bare[1] or '').strip()}"
+        if not re.fullmatch(r"(.*\] )?[\s^~]*", line):  # a traceback's underlining
+            said.append(line)
     first = [
         line for line in said[:-count] if re.search(r"(^|\] )[\w.]*(Error|Exception): ", line)
     ][:1]  # the cause

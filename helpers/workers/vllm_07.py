@@ -86,6 +86,9 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     before = memory.tree_pss(os.getpid())
     llm = engine(job)
+    # a later stage of a pipeline makes its input buffer in a dummy step, which an uncompiled engine
+    # on a CPU leaves out
+    llm.collective_rpc("execute_dummy_batch")
     weights = llm.apply_model(held_bytes)  # asked of each worker
     wanted = SamplingParams(temperature=0, max_tokens=job["new_tokens"], ignore_eos=True)
 
