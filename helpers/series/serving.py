@@ -21,6 +21,8 @@ WHOLE = {
     **results.null("not applicable to a scheduler", *results.QUALITY, *results.COMPARED),
     **results.null("two engines in one process: neither has a peak", *results.MEMORY),
 }
+# the article's requests to a server, by variant, and what this lesson's records call them
+ASKED_LIKE = {"vllm-server": "request_s", "tgi-bnb": "request_50_s"}
 
 
 class Shape(NamedTuple):
@@ -141,10 +143,12 @@ def waits(rounds: dict[str, timing.Series]) -> pd.DataFrame:
     for name, series in rounds.items():
         runs = [run for run in series.runs if sum(map(len, run.ids)) == run.useful]
         if runs:
+            between_s = pd.Series(np.concatenate([run.between_s for run in runs]))
             rows[name] = {
                 "first token, median": np.median([run.first_s for run in runs]),
                 "first token, slowest": np.median([max(run.first_s) for run in runs]),
                 "answer done, median": np.median([run.last_s for run in runs]),
+                "between tokens, median": between_s.median(),
             }
     return pd.DataFrame(rows).T
 
@@ -157,7 +161,7 @@ def read_texts(
 
     tokens : of each variant's texts, at most; one text is read at least.
 
-    Returns a row a variant: the share of texts that are the same, how many were read, and the
+    Returns a row a variant: how many texts are the same, of how many that were read, and the
     largest gap in nats between the two best logits where one first parts (0 where none does).
     """
     known: dict[tuple, float | None] = {}
@@ -175,11 +179,11 @@ def read_texts(
         if gaps:
             parted = [gap for gap in gaps if gap is not None]
             rows[name] = {
-                "same text": 1 - len(parted) / len(gaps),
+                "same text": len(gaps) - len(parted),
                 "of": len(gaps),
                 "largest gap (nats)": max(parted, default=0.0),
             }
-    return pd.DataFrame(rows).T
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def _parting_gap(net, prompt: list[int], ids: list[int]) -> float | None:
@@ -216,7 +220,7 @@ def complete(
             "useful_tokens": workload.useful,
             "slots": slots[name],
             "precision": shape.dtype_name,
-            "same_text_share": float(texts.loc[name, "same text"]),
+            "same_text_share": float(texts.loc[name, "same text"] / texts.loc[name, "of"]),
         }
         if name in waited.index:
             details["ttft_median_s"] = float(waited.loc[name, "first token, median"])
@@ -238,14 +242,10 @@ def complete(
 
 
 def beside_published(server: results.Record) -> pd.DataFrame:
-    """What the article gives for a request to a server, and for starting one, in seconds; after
-    what this lesson's took, where it ran.
-    """
-    here = []
-    for name, seconds in server.details.items():
-        here.append({"variant": "here", "model": server.model, "note": name, "seconds": seconds})
+    """The article's two requests to a server: its seconds, and this lesson's where it ran."""
     rows = pd.read_csv(results.ROOT / "helpers" / "data" / "published.csv")
-    rows = rows[rows.metric.isin(["request_latency", "start_up"])]
-    rows = rows[rows.technique == "continuous_batching"].rename(columns={"value": "seconds"})
-    table = pd.concat([pd.DataFrame(here), rows]).set_index("variant")
-    return table[["model", "note", "seconds"]].round(3)
+    rows = rows[rows.metric == "request_latency"].rename(columns={"note": "request"})
+    rows["here (s)"] = rows.variant.map(ASKED_LIKE).map(server.details)
+    rows = rows.rename(columns={"value": "article (s)", "model": "article's model"})
+    table = rows.set_index("request")[["article's model", "article (s)", "here (s)"]]
+    return table.round(3)

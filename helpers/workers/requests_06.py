@@ -95,6 +95,12 @@ class Run(timing.Generation):
         """Seconds from the workload's arrival to each request's last token."""
         return [answer.stamps_s[-1] for answer in self.answers.values()]
 
+    @property
+    def between_s(self) -> list[float]:
+        """Mean seconds between two tokens of each answer whose tokens came one by one."""
+        stamps = [answer.stamps_s for answer in self.answers.values()]
+        return [(s[-1] - s[0]) / (len(s) - 1) for s in stamps if len(s) > 1]
+
 
 def through(
     load: Callable, serve: Callable, workload: Workload, groups: list[list[int]]

@@ -67,8 +67,8 @@ def fitted(shape: Shape, device: str, kv_tokens: int, max_length: int, sequences
     block = block_tokens(device)
     kv_bytes = (kv_tokens + block) * shape.token_bytes  # one block is vLLM's own
     return {
+        "max_model_len": max_length,  # first: of these a reader types it
         "dtype": shape.dtype_name,
-        "max_model_len": max_length,
         "max_num_seqs": sequences,
         "block_size": block,
         "kv_cache_memory_bytes": kv_bytes,
