@@ -157,6 +157,15 @@ def climb(
     return series, {name: worker.file_bytes for name, worker in workers.items()}
 
 
+def over(series: dict[str, timing.Series], rival: str | None, names) -> dict[str, timing.Ratio]:
+    """Speed of those rows that ran over a rival's of the same rounds, run by run, by name."""
+    ran = {name for name, one in series.items() if one.runs and one.status == "ok"}
+    if rival not in ran:
+        return {}
+    ours = [name for name in names if name in ran]
+    return {name: timing.ratio(series[rival].latency_s, series[name].latency_s) for name in ours}
+
+
 def _complete(lesson, name: str, series: dict[str, timing.Series], worker: Worker) -> None:
     """A row's memory, where it is this process's own to tell, and whether the text is the same."""
     if lesson.rows[name]["device"] == "cpu":

@@ -1,5 +1,5 @@
-"""Where one decode step spends its time, for lesson 03: in the output head, in the other matrices
-and by which operators there, and in the rest. And: which 16-bit type is fast here?
+"""Where one decode step spends its time, for lesson 03: in the output head and in the other
+matrices, by which operators there, and in the rest. And: which 16-bit type has instructions here?
 """
 
 import functools
@@ -14,7 +14,7 @@ from helpers import limits, machine, timing
 PARTS = ("head", "matrices")
 
 
-def fastest_16_bit(device: str) -> str:
+def native_16_bit(device: str) -> str:
     """ "bf16" or "fp16": the one that the device multiplies itself (bf16 where it has both), else
     the one whose product of a matrix with one token's activations takes less time.
     """
@@ -76,9 +76,10 @@ def step_parts(model, repeats: int = 3) -> tuple[dict[str, float], pd.Series]:
     """Mean seconds of a decode step of one sequence on an empty cache.
 
     Returns the whole step without a profiler ("whole"), and with one "head", "matrices" (all other
-    linear layers, Python around them included on a CPU) and "rest"; and the operators within the
-    matrices, by name. On a GPU a part is the time of the kernels that its operators launched, each
-    counted once, by its operator; "whole" less the parts is then time without a kernel.
+    linear layers, Python around them included on a CPU) and "rest"; and the operators within head
+    and matrices, by part and name. On a GPU a part is the time of the kernels that its operators
+    launched, each counted once, by its operator; "whole" less the parts is then time without a
+    kernel.
     """
     token = torch.ones(1, 1, dtype=torch.long, device=model.device)
     step = functools.partial(model, token, use_cache=False)
@@ -101,7 +102,7 @@ def step_parts(model, repeats: int = 3) -> tuple[dict[str, float], pd.Series]:
         seconds = spent_us / 1e6 / repeats
         part = _part(event)
         parts[part] += seconds
-        if part == "matrices":
-            name = "Python" if is_range else event.name
+        if part in PARTS:
+            name = f"{part}: {'Python' if is_range else event.name}"
             operators[name] = operators.get(name, 0.0) + seconds
     return parts, pd.Series(operators, dtype=float)
