@@ -15,6 +15,8 @@ from test_results import a_record
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
     Lfm2Config,
@@ -335,6 +337,20 @@ def test_layers_and_numbers_are_found_in_any_architecture(request, kind):
     assert leaves == (falcon if kind == "tiny_falcon" else llama)
     predicted = tuning.lora_numbers(planner.describe(folder), 4)
     assert trainable(with_lora(model)) == predicted
+
+
+def test_a_vision_tower_gets_no_adapter():
+    """Text does not go through it: its weights would have no gradient."""
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    small["num_attention_heads"] = 2
+    text = small | {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": 64}
+    vision = small | {"image_size": 28, "patch_size": 14}
+    tokens = {"boi_token_index": 10, "eoi_token_index": 11, "image_token_index": 12}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **tokens)
+    model = Gemma3ForConditionalGeneration(config)
+    assert any("vision" in name for name, _ in model.named_parameters())
+    layers = tuning.linear_layers(model)
+    assert len(layers) == 7 and not [name for name in layers if "vision" in name]
 
 
 def test_a_model_without_linear_layers_is_refused_in_a_sentence():

@@ -2,6 +2,7 @@
 whether a text is still the model's, the rows of the records.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -33,7 +34,7 @@ class Shape(NamedTuple):
     weight_bytes: int
     read_parameters: int  # of a decode step
     token_bytes: int  # KV cache of one token of one sequence
-    context: int  # longest text, in tokens
+    context: float  # longest text, in tokens
 
     @property
     def dtype_name(self) -> str:
@@ -61,7 +62,8 @@ def shape_of(model: str, device: str) -> Shape:
         parameters["total"] * dtype.itemsize,
         parameters["read"],
         anatomy.kv_cache_bytes(config, 1, bytes_per_number=dtype.itemsize),
-        config.get_text_config().max_position_embeddings,
+        # a model whose positions are biases (ALiBi: Bloom) states no longest text
+        getattr(config.get_text_config(), "max_position_embeddings", math.inf),
     )
 
 

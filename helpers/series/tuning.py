@@ -39,14 +39,15 @@ def native_type(device: str) -> torch.dtype:
 
 
 def linear_layers(model) -> dict[str, torch.nn.Linear]:
-    """Every linear layer by name, the output head left out.
+    """Every linear layer by name: those that text goes through (no vision tower's), the output head
+    left out.
 
     Raises NotImplementedError for a model without any (GPT-2 has layers of its own).
     """
-    head = model.get_output_embeddings()
+    decoder = set(model.get_decoder().modules())
     layers = {}
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and module is not head:
+        if isinstance(module, torch.nn.Linear) and module in decoder:
             layers[name] = module
     if not layers:
         raise NotImplementedError(
