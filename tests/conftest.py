@@ -17,6 +17,7 @@ from transformers import (
 
 from helpers import models, results
 from helpers.series import run
+from tests import declared
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -58,7 +59,7 @@ def run_lesson(tmp_path_factory):
             finally:
                 del os.environ["SEVEN_PROFILE"]
             file = results.read(next((folder / "results").glob(f"*/*/smoke/{notebook.stem}.json")))
-            assert results.undeclared_details(file.records) == []
+            assert declared.undeclared_details(file.records) == []
             done[key] = Ran(file.records, file.run, folder)
         return done[key]
 
