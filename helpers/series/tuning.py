@@ -98,15 +98,6 @@ def checkpointed_bytes(model: planner.Model, tokens: int) -> int:
     return inputs + logits + 2 * planner.parameters(model)["embedding"]
 
 
-def backward_bytes(model: planner.Model, tokens: int, item: int) -> int:
-    """What a backward pass over so many tokens keeps without checkpointing, its numbers of `item`
-    bytes: in a LLaMA-like layer about 11 vectors of its width and 4 of its MLP's, counted; and the
-    logits in float32 (LOGIT_COPIES).
-    """
-    layer = 11 * model.hidden + 4 * model.mlp
-    return tokens * (item * model.layers * layer + 4 * LOGIT_COPIES * model.vocabulary)
-
-
 # ---- training
 
 
