@@ -210,6 +210,14 @@ def test_a_cut_model_is_the_model_without_those_units(lesson, folder, ids, porti
     assert sum(p.numel() for p in lesson["blocks"](cut).parameters()) < before
 
 
+def test_a_cut_keeps_the_type_of_the_weights(lesson, folder, ids):
+    """A GPU's dense model is in 16 bits, and a new layer in 32 by itself."""
+    net = models.load(folder, torch.bfloat16)
+    lesson["narrow"](lesson["blocks"](net), lesson["importances"](net, ids), 64)
+    assert {weight.dtype for weight in net.parameters()} == {torch.bfloat16}
+    assert torch.isfinite(net(ids).logits).all()
+
+
 def test_a_plan_takes_its_share_of_the_block_from_the_channels(lesson, tiny_llama, capsys):
     """Attention has 12,288 weights here and the MLP 24,576: a fifth of both is 7,373."""
     net = models.load(tiny_llama)
