@@ -16,6 +16,8 @@ from transformers import (
     MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    PersimmonConfig,
+    PersimmonForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
 )
@@ -184,26 +186,29 @@ def test_importance_is_the_sum_of_weight_times_gradient(lesson, folder, ids):
     whole.requires_grad_()
     whole(ids, labels=ids).loss.backward()
     for scores, block in zip(worth, lesson["blocks"](whole), strict=True):
-        expected = 0
-        for name, layer in lesson["coupled"](block).items():
-            taylor = (layer.weight * layer.weight.grad).abs().detach()
-            expected = expected + taylor.movedim(lesson["CHANNELS"][name], 0).sum(1)
-        assert (scores > 0).all()
-        torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-9)
+        for kind, count in lesson["units"](whole).items():
+            expected = torch.zeros(count)
+            for layer, dim in lesson["coupled"](block, kind):
+                taylor = (layer.weight * layer.weight.grad).abs().detach().movedim(dim, 0)
+                expected += taylor.reshape(count, -1).sum(1)
+            assert (scores[kind] > 0).all()
+            torch.testing.assert_close(scores[kind], expected, rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("portion", [0.1, 0.2, 0.5])
 def test_a_cut_model_is_the_model_without_those_units(lesson, folder, ids, portion):
-    """Removing a channel gives what zeroing the column that it feeds gives."""
+    """Removing a unit gives what zeroing the columns that it feeds gives."""
     whole, cut = models.load(folder), models.load(folder)
     before = sum(p.numel() for p in lesson["blocks"](cut).parameters())
     worth = lesson["importances"](models.load(folder), ids)
     kept = lesson["plan"](cut, portion, 8)
+    assert portion < 0.5 or kept.get("groups", 1) == 1  # of two: heads go as well
     with torch.no_grad():
-        for score, block in zip(worth, lesson["blocks"](whole), strict=True):
-            gone = score.topk(len(score) - kept, largest=False).indices
-            *_, back = lesson["coupled"](block).values()
-            back.weight[:, gone] = 0
+        for scores, block in zip(worth, lesson["blocks"](whole), strict=True):
+            for kind, score in scores.items():
+                gone = score.topk(len(score) - kept[kind], largest=False).indices
+                last, _ = lesson["coupled"](block, kind)[-1]
+                last.weight.view(len(last.weight), len(score), -1)[:, gone] = 0
     lesson["narrow"](lesson["blocks"](cut), worth, kept)
     with torch.no_grad():
         torch.testing.assert_close(cut(ids).logits, whole(ids).logits, rtol=1e-4, atol=1e-5)
@@ -213,18 +218,24 @@ def test_a_cut_model_is_the_model_without_those_units(lesson, folder, ids, porti
 def test_a_cut_keeps_the_type_of_the_weights(lesson, folder, ids):
     """A GPU's dense model is in 16 bits, and a new layer in 32 by itself."""
     net = models.load(folder, torch.bfloat16)
-    lesson["narrow"](lesson["blocks"](net), lesson["importances"](net, ids), 64)
+    lesson["narrow"](
+        lesson["blocks"](net), lesson["importances"](net, ids), {"channels": 64, "groups": 1}
+    )
     assert {weight.dtype for weight in net.parameters()} == {torch.bfloat16}
     assert torch.isfinite(net(ids).logits).all()
 
 
-def test_a_plan_takes_its_share_of_the_block_from_the_channels(lesson, tiny_llama, capsys):
+def test_a_plan_takes_its_share_of_the_block_in_whole_groups(lesson, tiny_llama, capsys):
     """Attention has 12,288 weights here and the MLP 24,576: a fifth of both is 7,373."""
     net = models.load(tiny_llama)
-    assert lesson["plan"](net, 0.2, 8) == 88  # 0.7 of 128
-    assert "88 of 128 channels stay, 20.8% of a block's matrices goes" in capsys.readouterr().out
-    assert lesson["plan"](net, 0.2, 64) == 64
-    assert lesson["plan"](net, 0.9, 8) == 8  # more than there is: a multiple stays
+    assert lesson["plan"](net, 0.2, 8) == {"channels": 88, "groups": 2}  # 0.7 of 128
+    assert "20.8% of a block's matrices goes" in capsys.readouterr().out
+    assert lesson["plan"](net, 0.9, 8) == {"channels": 8, "groups": 1}  # a multiple stays
+    assert "79.2% of a block's matrices goes" in capsys.readouterr().out
+    net.config.hidden_size, net.config.num_key_value_heads = 576, 3
+    net.config.num_attention_heads = 9
+    assert lesson["plan"](net, 0.2, 64) == {"channels": 64, "groups": 3}  # one would be a third
+    assert lesson["plan"](net, 0.4, 8) == {"channels": 72, "groups": 2}
 
 
 @pytest.fixture
@@ -247,6 +258,11 @@ def test_cut_models_are_ordinary_checkpoints(lesson, recovery, folder, ids, tmp_
         assert again.num_parameters() == model.num_parameters()
         with torch.no_grad():
             torch.testing.assert_close(again(ids).logits, model(ids).logits)
+
+
+def test_multi_query_attention_has_no_group_to_spare(lesson, tiny_falcon, tiny_llama):
+    assert lesson["units"](models.load(tiny_falcon)) == {"channels": 256}
+    assert lesson["units"](models.load(tiny_llama)) == {"channels": 128, "groups": 2}
 
 
 SMALL = {
@@ -286,6 +302,15 @@ def test_a_model_whose_layers_are_not_known_is_refused(lesson, name):
     ):
         with pytest.raises(NotImplementedError):
             change(FOREIGN[name]())
+
+
+def test_a_fused_attention_keeps_its_groups(lesson):
+    """Its output matrix would be cut, and the fused ones that feed it would not."""
+    few = {name: count for name, count in SMALL.items() if name != "num_key_value_heads"}
+    net = PersimmonForCausalLM(PersimmonConfig(**few, pad_token_id=0))
+    assert lesson["units"](net) == {"channels": 64}
+    phi = Phi3ForCausalLM(Phi3Config(**SMALL, pad_token_id=0))
+    assert lesson["coupled"](lesson["blocks"](phi)[0], "groups") == []
 
 
 UNCUT = {
@@ -390,7 +415,7 @@ def test_sparsegpts_update_is_the_least_squares_of_what_comes_after(sparsity):
     params=["auto", pytest.param("tiny_falcon", marks=pytest.mark.slow)], scope="module"
 )
 def records(request, run_lesson):
-    """Of the lesson, by id."""
+    """Of the lesson, by id; the tiny Falcon has channels to cut, and no heads."""
     if request.param == "auto":
         found = run_lesson(LESSON)
     else:
