@@ -16,12 +16,16 @@ from transformers import (
     MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    PersimmonConfig,
+    PersimmonForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
 )
 
 from helpers import models
 
 LESSON = "05_pruning"
-PLAIN = ["dense", "dense-nf4", "dense-fp16"]
+PLAIN = ["dense", "dense-nf4"]
 PRUNED = ["magnitude-50", "structured-20", "wanda-50"]
 
 
@@ -84,12 +88,18 @@ def test_patterns_hold_in_every_group(lesson, folder, ids, zeros, group):
         assert ((weight == 0).reshape(-1, group).sum(1) == zeros).all()
 
 
-def test_magnitude_is_a_threshold_a_layer(lesson, folder):
-    before = {name: w.detach().clone() for name, w in weights(lesson, models.load(folder)).items()}
-    for name, weight in weights(lesson, lesson["magnitude"](models.load(folder), 0.5)).items():
-        size = np.abs(before[name].numpy())
-        threshold = np.sort(size, axis=None)[int(size.size * 0.5)]
-        assert np.array_equal((weight == 0).numpy(), size <= threshold)
+def test_magnitude_zeroes_the_smallest_half_of_each_layer_and_no_more(lesson, folder):
+    """Ties included, as those of weights that were once on a grid."""
+    whole, pruned = models.load(folder), models.load(folder)
+    for model in (whole, pruned):
+        for weight in weights(lesson, model).values():
+            weight.data = (256 * weight.data).round() / 256
+    lesson["magnitude"](pruned, 0.5)
+    before = weights(lesson, whole)
+    for name, weight in weights(lesson, pruned).items():
+        size, gone = before[name].abs(), weight == 0
+        assert gone.sum() == weight.numel() // 2
+        assert size[gone].max() <= size[~gone].min()
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
@@ -205,10 +215,23 @@ def test_a_cut_model_is_the_model_without_those_units(lesson, folder, ids, porti
     assert sum(p.numel() for p in lesson["blocks"](cut).parameters()) < before
 
 
-def test_a_plan_takes_its_share_of_the_block_in_whole_groups(lesson, tiny_llama):
+def test_a_cut_keeps_the_type_of_the_weights(lesson, folder, ids):
+    """A GPU's dense model is in 16 bits, and a new layer in 32 by itself."""
+    net = models.load(folder, torch.bfloat16)
+    lesson["narrow"](
+        lesson["blocks"](net), lesson["importances"](net, ids), {"channels": 64, "groups": 1}
+    )
+    assert {weight.dtype for weight in net.parameters()} == {torch.bfloat16}
+    assert torch.isfinite(net(ids).logits).all()
+
+
+def test_a_plan_takes_its_share_of_the_block_in_whole_groups(lesson, tiny_llama, capsys):
     """Attention has 12,288 weights here and the MLP 24,576: a fifth of both is 7,373."""
     net = models.load(tiny_llama)
     assert lesson["plan"](net, 0.2, 8) == {"channels": 88, "groups": 2}  # 0.7 of 128
+    assert "20.8% of a block's matrices goes" in capsys.readouterr().out
+    assert lesson["plan"](net, 0.9, 8) == {"channels": 8, "groups": 1}  # a multiple stays
+    assert "79.2% of a block's matrices goes" in capsys.readouterr().out
     net.config.hidden_size, net.config.num_key_value_heads = 576, 3
     net.config.num_attention_heads = 9
     assert lesson["plan"](net, 0.2, 64) == {"channels": 64, "groups": 3}  # one would be a third
@@ -281,13 +304,28 @@ def test_a_model_whose_layers_are_not_known_is_refused(lesson, name):
             change(FOREIGN[name]())
 
 
-def test_an_mlp_that_the_cut_does_not_know_is_named(lesson):
+def test_a_fused_attention_keeps_its_groups(lesson):
+    """Its output matrix would be cut, and the fused ones that feed it would not."""
+    few = {name: count for name, count in SMALL.items() if name != "num_key_value_heads"}
+    net = PersimmonForCausalLM(PersimmonConfig(**few, pad_token_id=0))
+    assert lesson["units"](net) == {"channels": 64}
+    phi = Phi3ForCausalLM(Phi3Config(**SMALL, pad_token_id=0))
+    assert lesson["coupled"](lesson["blocks"](phi)[0], "groups") == []
+
+
+UNCUT = {
+    "Lfm2": lambda: Lfm2ForCausalLM(Lfm2Config(**SMALL | {"hidden_size": 64}, full_attn_idxs=[1])),
+    "Phi3": lambda: Phi3ForCausalLM(Phi3Config(**SMALL, pad_token_id=0)),  # gate and up are fused
+}
+
+
+@pytest.mark.parametrize("name", UNCUT)
+def test_an_mlp_that_the_cut_does_not_know_is_named(lesson, name):
     """Its zeros are possible all the same."""
-    config = Lfm2Config(**SMALL | {"hidden_size": 64}, full_attn_idxs=[1])
     few = torch.arange(16).view(2, 8)
-    with pytest.raises(NotImplementedError, match="Lfm2DecoderLayer has no MLP that this cut"):
-        lesson["llm_pruner"](Lfm2ForCausalLM(config), few, 0.2)
-    pruned = lesson["wanda"](Lfm2ForCausalLM(config), few, 0.5)
+    with pytest.raises(NotImplementedError, match=f"{name}DecoderLayer has no MLP that this cut"):
+        lesson["llm_pruner"](UNCUT[name](), few, 0.2)
+    pruned = lesson["wanda"](UNCUT[name](), few, 0.5)
     for weight in weights(lesson, pruned).values():
         assert set((weight == 0).sum(1).tolist()) == {weight.shape[1] // 2}
 
@@ -386,9 +424,8 @@ def records(request, run_lesson):
 
 
 def test_the_lesson_finds(records):
-    names = [name for name in PLAIN if name in records]
-    in_16 = ["structured-20-fp16"] if "dense-fp16" in records else []
-    assert list(records) == names + PRUNED + in_16
+    in_16 = ["dense-fp16", "structured-20-fp16"] if "dense-fp16" in records else []
+    assert list(records) == [*PLAIN, *PRUNED, *in_16]
     for record in records.values():
         assert record.sweep is None and record.status == "ok"
         assert record.perplexity and record.peak_bytes and record.tokens_per_s
