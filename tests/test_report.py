@@ -368,6 +368,14 @@ def test_results_are_found_by_machine_and_model(tmp_path):
     assert report.frame(found)["machine"].unique().tolist() == list(found)
 
 
+def test_a_row_is_known_by_its_notebook_and_its_name():
+    """A deeper notebook has a baseline of its own, which bears the same name."""
+    found, _ = report.load([], [], str(report.REFERENCE))
+    rows = report.frame(found)
+    assert not rows.duplicated(["machine", "notebook", "id"]).any()
+    assert rows.duplicated(["machine", "technique", "id"]).any()
+
+
 def test_a_quick_run_never_stands_among_whole_ones(tmp_path):
     write(tmp_path / "gpu" / "tiny" / "smoke", "03_quantization", a_record())
     with pytest.raises(ValueError, match="run the lessons first"):

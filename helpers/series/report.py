@@ -127,10 +127,15 @@ def _load(machines: list[str], models: list[str], base: Path) -> tuple[dict[str,
 
 
 def frame(found: dict[str, Found]) -> pd.DataFrame:
-    """Every record, a row each, with a column `machine`: where it was measured, and what."""
+    """Every record, a row each, with the columns `machine` (where it was measured, and what) and
+    `notebook`: a row's baseline is one of its own notebook's.
+    """
     frames = []
     for title, place in found.items():
-        frames.append(results.frame(place.records, place.limits).assign(machine=title))
+        for name, lesson in place.lessons.items():
+            if lesson.records:
+                rows = results.frame(lesson.records, place.limits)
+                frames.append(rows.assign(machine=title, notebook=name))
     return pd.concat(frames, ignore_index=True)
 
 
