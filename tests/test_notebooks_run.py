@@ -380,6 +380,7 @@ def executed(notebook) -> nbformat.NotebookNode:
     done = nbformat.from_dict(notebook)
     done.cells[-1].outputs = [
         nbformat.v4.new_output("stream", name="stderr", text="noise"),
+        nbformat.v4.new_output("execute_result", {"text/plain": "PosixPath('/home/x')"}),
         nbformat.v4.new_output("execute_result", {"text/plain": "2"}, execution_count=1),
     ]
     done.cells[-1].execution_count = 1

@@ -99,8 +99,11 @@ def stamp(path: Path, executed: Path) -> None:
 
 
 def _is_noise(output) -> bool:
-    """What libraries and progress bars wrote to the standard error."""
-    return output.output_type == "stream" and output.name == "stderr"
+    """What libraries and progress bars wrote to the standard error, and a path of this machine that
+    was a cell's last value.
+    """
+    value = output.get("data", {}).get("text/plain", "")
+    return output.get("name") == "stderr" or value.startswith("PosixPath(")
 
 
 def _clean(output):
