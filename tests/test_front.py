@@ -78,6 +78,8 @@ def test_the_chart_fits_a_column_and_names_foreign_baselines():
         for text in [*axis.texts, *axis.get_yticklabels(), axis.title]:
             box = text.get_window_extent()
             assert page.x0 <= box.x0 and box.x1 <= page.x1, text.get_text()
+        for tick in axis.get_xticklabels():
+            assert not tick.get_window_extent().overlaps(figure.texts[-1].get_window_extent())
 
 
 def test_each_surprise_is_a_figure_of_two_records():

@@ -11,6 +11,7 @@ import textwrap
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import PlaceHolderLayoutEngine
 from matplotlib.ticker import NullLocator
@@ -103,14 +104,16 @@ def chart(rows: pd.DataFrame, where: str) -> Figure:
 
     where : model and machine, for the line under the title.
     """
-    height = 0.97 + 0.215 * len(rows)
+    note = _footnote(rows)
+    below = 0.27 + 0.09 * len(note.splitlines())  # inches: tick labels and the note
+    height = 0.5 + below + 0.215 * len(rows)
     figure = plt.figure(figsize=(plots.COLUMN, height))
     figure.set_layout_engine(PlaceHolderLayoutEngine(True, True))  # every part has its place below
     figure.suptitle(
         "What each technique gains, and what it costs", x=0.01, y=0.99, ha="left", weight="bold"
     )
     figure.text(0.01, 1 - 0.24 / height, where, color=plots.GREY, fontsize=6, va="center")
-    bottom, top = 0.47 / height, 1 - 0.48 / height
+    bottom, top = below / height, 1 - 0.48 / height
     spans = [(0.345, 0.29), (0.655, 0.15), (0.83, 0.16)]
     boxes = [(left, bottom, width, top - bottom) for left, width in spans]
     speed, memory, quality = [figure.add_axes(box) for box in boxes]
@@ -130,7 +133,7 @@ def chart(rows: pd.DataFrame, where: str) -> Figure:
         quality.text(0, at, row.quality, color=LOST if row.is_worse else "black", fontsize=6)
     for text in quality.texts:
         text.set_va("center")
-    figure.text(0.01, 0.02, _footnote(rows), fontsize=5.2, color=plots.GREY, va="bottom")
+    figure.text(0.01, 0.02, note, fontsize=5.2, color=plots.GREY, va="bottom")
     return figure
 
 
@@ -184,7 +187,8 @@ def _draw_speed(axis, rows: pd.DataFrame, y: np.ndarray) -> None:
 def _draw_memory(axis, rows: pd.DataFrame, y: np.ndarray) -> None:
     shares = rows.memory_share
     colours = [NEITHER if math.isnan(s) else _colour(1 / s, 1 / s) for s in shares]
-    axis.barh(y, shares, height=0.55, color=colours, alpha=0.45)
+    pale = [to_rgba(colour, 0.45) for colour in colours]  # a number is read on it, the edge seen
+    axis.barh(y, shares, height=0.55, color=pale, edgecolor=colours, lw=0.8)
     axis.axvline(1, color="black", lw=0.8)
     for at, share in zip(y, shares, strict=True):
         text = "–" if math.isnan(share) else f"{share:.2f}×"
