@@ -456,7 +456,6 @@ def test_on_a_real_model_wanda_beats_magnitude(run_lesson):
 
 
 @pytest.mark.slow
-@pytest.mark.skip(reason="deeper/05_recovery was not run again since the cut of lesson 5 changed")
 def test_what_is_cut_and_healed_has_its_rows(run_lesson):
     by_id = {record.id: record for record in run_lesson("deeper/05_recovery").records}
     assert {record.technique for record in by_id.values()} == {"pruning"}

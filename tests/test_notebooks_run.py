@@ -165,7 +165,7 @@ def test_bfloat16_moves_more_than_float16(run_lesson):
         (["--only", "01", "-p", "NEW_TOKEN=8"], "unknown parameter NEW_TOKEN"),
         (["--only", "01", "-p", "NEW_TOKENS"], "write it as NAME=value"),
         (["--only", "01", "-p", "[/INST]"], "-p '[/INST]': write it as NAME=value"),
-        (["--only", "01", "-p", "MODEL=" + "a" * 300], "File name too long"),
+        (["--only", "01", "-p", "MODEL=" + "a" * 300], "is neither a folder here nor a model"),
         (["--reference", "-p", "SEED=1"], "--reference runs the notebooks as they stand"),
     ],
 )

@@ -101,7 +101,8 @@ def frame(*records: results.Record, machine: str = "here") -> pd.DataFrame:
         bandwidth_bytes_per_s=1e6, bandwidth_spread=0.01, bandwidth_readings=5
     )
     limits = results.MachineLimits(hardware="h", torch="t", devices={"cpu": ceilings})
-    return results.frame(list(records), limits).assign(machine=machine)
+    rows = results.frame(list(records), limits)
+    return rows.assign(machine=machine, notebook=rows["technique"])
 
 
 def texts(figure) -> set[str]:
