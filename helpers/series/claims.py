@@ -38,8 +38,8 @@ def claims(records: list[Record], technique: str | None = None) -> pd.DataFrame:
     verdict : holds here, does not hold here, undecided (the interval spans the bound), or not
         testable here. Likeness holds where the whole interval lies within 5 % of one, a bound
         ("at most") where all of it lies below.
-    effect : as claimed where the article's figure lies in the interval widened by 5 %, else the effect is
-        larger or smaller; "–" where the article gives none.
+    effect : as claimed where the article's figure lies in the interval widened by 5 %, else larger
+        or smaller; "–" where the article gives none.
     decided on : the two rows, the model and the device; where nothing is decided, why.
     """
     facts = pd.read_csv(DATA / "claims.csv")

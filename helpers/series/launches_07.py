@@ -419,7 +419,7 @@ class Jobs:
         `Ranks` does, of its client too.
         """
         with tempfile.TemporaryDirectory(prefix="replicas-") as folder:
-            # of Ray's CPUs each replica takes one for itself and one for its engine, the ingress one
+            # of Ray's CPUs a replica takes one for itself and one for its engine, the ingress one
             job = self._job(replicas=count, cores=2 * count + 1)
             path = Path(folder, "job.json")
             path.write_text(json.dumps(job))
