@@ -408,12 +408,13 @@ def test_stamping_keeps_the_code_and_refuses_another(tmp_path):
     [
         ("def f():\n    return 1  # a comment\n", False),
         ('def f():\n    """A docstring."""\n    return 1\n', False),
+        ("from typing import Any\n\ndef f() -> Any:\n    return 1\n", False),
         ("def f():\n    return 2\n", True),
     ],
 )
 @pytest.mark.parametrize("worker", ["workers/engines_03.py", "series/launches_03.py"])
 def test_a_stamp_is_of_what_measures(tmp_path, monkeypatch, worker, change, stale):
-    """Comments, docstrings, bootstrap and parameters do not count; a worker of the lesson does,
+    """Comments, docstrings, annotations, bootstrap and parameters do not count; a worker of the lesson does,
     and what starts it.
     """
     helpers = tmp_path / "helpers"

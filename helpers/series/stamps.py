@@ -42,14 +42,27 @@ def code_hash(notebook: nbformat.NotebookNode) -> str:
     return hashlib.sha256("\0".join(sources).encode()).hexdigest()
 
 
-def _syntax(path: Path) -> str:
-    """A module's syntax tree as text, without docstrings."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
+class _Measuring(ast.NodeTransformer):
+    """Drops what a module's syntax tree says of types and to readers, which changes no figure."""
+
+    TYPES = ("typing", "collections.abc")
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        super().generic_visit(node)
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             if ast.get_docstring(node, clean=False) is not None:
                 node.body = node.body[1:]
-    return ast.dump(tree)
+        for name in {"annotation", "returns"} & set(node._fields):
+            setattr(node, name, None)
+        return node
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.ImportFrom | None:
+        return None if node.module in self.TYPES else node
+
+
+def _syntax(path: Path) -> str:
+    """A module's syntax tree as text, without docstrings and annotations."""
+    return ast.dump(_Measuring().visit(ast.parse(path.read_text(encoding="utf-8"))))
 
 
 def measuring_hash(name: str) -> str:
