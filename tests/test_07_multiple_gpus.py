@@ -22,7 +22,6 @@ from helpers import machine, memory, models, results, timing
 from helpers.series import launches_07, planner, processes, run
 
 LESSON = "07_multiple_gpus"
-TENSOR = launches_07.WORKERS / "tensor_07.py"
 PROMPT, NEW, WAIT_S = [5, 60, 700, 8000], 6, 8
 ON_CPUS = pytest.mark.skipif(torch.cuda.is_available(), reason="tells what CPU ranks do")
 
@@ -63,7 +62,7 @@ def launched(tiny_llama, scripts):
         "single": launches_07.WHOLE,
         "offload": launches_07.OFFLOAD,
         "fsdp": scripts / "fsdp.py",
-        "tp": TENSOR,
+        "tp": scripts / "tensor.py",
     }
 
     def launch(strategy, nodes):
@@ -217,9 +216,9 @@ def test_the_copied_script_stops_for_a_model_without_a_plan(tiny_falcon, scripts
 
 
 @pytest.mark.slow
-def test_a_model_without_a_plan_is_unsupported(tiny_falcon):
+def test_a_model_without_a_plan_is_unsupported(tiny_falcon, scripts):
     with pytest.raises(NotImplementedError, match="no plan to cut falcon"):
-        jobs_of(tiny_falcon).torchrun(TENSOR, 2)
+        jobs_of(tiny_falcon).torchrun(scripts / "tensor.py", 2)
 
 
 @pytest.fixture
@@ -253,9 +252,9 @@ def marked(tmp_path, monkeypatch):
     ],
     ids=["killed", "hanging"],
 )
-def test_a_lost_rank_ends_all_and_is_named(tiny_llama, marked, blow, kind, sentence):
+def test_a_lost_rank_ends_all_and_is_named(tiny_llama, scripts, marked, blow, kind, sentence):
     """Ended by what the ranks find out of each other, long before the deadline would end them."""
-    group = jobs_of(tiny_llama, 400).torchrun(TENSOR, 2)
+    group = jobs_of(tiny_llama, 400).torchrun(scripts / "tensor.py", 2)
     striking = threading.Timer(0.5, lambda: marked(RANK="1")[0].send_signal(blow))
     striking.start()
     with pytest.raises(kind, match=sentence):
