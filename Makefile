@@ -46,9 +46,9 @@ soak: $(READY)
 audit: $(READY)
 	$(PY) -m tests.bench.audit
 
-# How much of the kit `make test` runs, by lines; what runs in a notebook's kernel is not counted.
+# How much of the kit the unit tests run, by lines
 coverage: $(READY)
-	$(PY) -m coverage run --source=helpers -m pytest -m "not slow"
+	$(PY) -m coverage run --source=helpers -m pytest -m "not slow and not notebook"
 	$(PY) -m coverage report --include="helpers/*.py" --fail-under=90
 
 readme: $(READY)
