@@ -38,7 +38,7 @@ bench: $(READY)
 	status=0; for part in measuring engines serving perplexity; do $(PY) -m tests.bench.$$part || status=1; done; exit $$status
 
 soak: $(READY)
-	$(PY) -m tests.bench.soak
+	$(PY) -m tests.bench.soak $(if $(PARTS),--parts $(PARTS))
 
 readme: $(READY)
 	$(PY) -m helpers.series.report
