@@ -25,7 +25,7 @@ KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 BEGIN = """
 import os, pathlib, sys, time
 from helpers import models, results, timing
-from helpers.series import history
+from helpers.series import launches_07, processes
 from helpers.workers import vllm_06
 import torch
 
