@@ -40,7 +40,7 @@ bench: $(READY)
 	status=0; for part in measuring engines serving perplexity; do $(PY) -m tests.bench.$$part || status=1; done; exit $$status
 
 soak: $(READY)
-	$(PY) -m tests.bench.soak
+	$(PY) -m tests.bench.soak $(if $(PARTS),--parts $(PARTS))
 
 # Known weaknesses of what is pinned. Needs the network; nothing else of the project waits for it.
 audit: $(READY)

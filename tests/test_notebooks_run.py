@@ -207,7 +207,12 @@ def outcomes(folder, *options) -> subprocess.Popen:
     command = [sys.executable, "-c", RUN, str(folder), str(folder / "out"), *options]
     environment = os.environ | {"PYTHONPATH": str(results.ROOT), "COLUMNS": "120"}
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,  # a group of its own, which Ctrl-C reaches as a whole
     )
 
 
@@ -223,8 +228,8 @@ def test_ctrl_c_leaves_nothing_running_and_the_next_run_goes_on_from_there(tmp_p
         time.sleep(0.1)
     below = psutil.Process(running.pid).children(recursive=True)
     assert int(started.read_text()) in {process.pid for process in below}
-    running.send_signal(signal.SIGINT)
-    said, _ = running.communicate(timeout=60)
+    os.killpg(running.pid, signal.SIGINT)
+    said, _ = running.communicate(timeout=10)  # as is promised
     assert running.returncode == 1
     assert not [process for process in below if process.is_running()]
     assert re.search(r"01_done .* ok", said) and re.search(rf"02_stopped .* {run.STOPPED}", said)
