@@ -961,6 +961,7 @@ def test_command_line_answers():
         ("deepseek-v3 --gpu 8x h200", 0, "in fp8 fits 8 × h200"),
         ("llama-3.1-8b --gpu b200", 0, "fits one b200: 16.5 of 191.0 GB"),
         ("falcon-7b --technique bf16", 0, "No --gpu is given"),
+        ("smollm2-135m --gpu here", 0, "fits this machine's "),
         ("falcon-7b --gpu rtx-pro-6000", 0, "(Workstation Edition; FP16"),
         (
             "falcon-7b --gpu h100",
