@@ -31,6 +31,7 @@ PALETTE = rc_params_from_file(STYLE, use_default_template=False)["axes.prop_cycl
 MARKERS = "osD^vPX<>ph"
 COLUMN = 3.5  # inches: one of a paper's two columns
 TALL = 6  # inches: a longer list of rows stands in two columns
+PAGE = 9  # inches: panels that would be taller together stand beside each other
 DARK_PAPER, DARK_INK = to_rgba_array(["#0d1117", "#e6edf3"])
 SMALL: dict[str, Any] = {"fontsize": 6}
 GREY = "0.35"
@@ -74,19 +75,21 @@ def headline(frame: DataFrame) -> DataFrame:
 
 
 def having(frame: DataFrame, *columns: str) -> DataFrame:
-    """Headline rows of the techniques of which at least one row has one of these values."""
+    """Headline rows that have one of these values."""
     rows = headline(frame)
-    measured = rows[list(columns)].notna().any(axis=1)
-    return rows[rows.technique.isin(rows.technique[measured])]
+    return rows[rows[list(columns)].notna().any(axis=1)]
 
 
 def compared(frame: DataFrame) -> DataFrame:
-    """Headline rows compared within one engine, and the baselines that they name."""
+    """Headline rows compared within one engine, those that failed at it, and the baselines that
+    they name.
+    """
     rows = frame[frame.headline]
-    same = rows.same_engine
-    baselines = pd.MultiIndex.from_frame(rows.loc[same, ["technique", "baseline"]])
+    tried = rows.speedup.notna() | ~rows.status.isin(["ok", "unsupported"])
+    paired = rows.same_engine & rows.baseline.notna() & tried
+    baselines = pd.MultiIndex.from_frame(rows.loc[paired, ["technique", "baseline"]])
     names = pd.MultiIndex.from_frame(rows[["technique", "id"]])
-    return rows[(same & rows.baseline.notna()) | names.isin(baselines)]
+    return rows[paired | names.isin(baselines)]
 
 
 def detail(frame: DataFrame, name: str) -> pd.Series:
@@ -135,11 +138,17 @@ def panels(
     if "machine" in drawn:
         parts = dict(list(drawn.groupby("machine", sort=False)))
     heights = list(map(inches, parts.values()))
-    figure = plt.figure(figsize=(COLUMN, sum(heights)))
+    for beside in range(1, len(parts) + 1):
+        lines = range(0, len(parts), beside)
+        tall = [max(heights[first : first + beside]) for first in lines]
+        if sum(tall) <= PAGE:
+            break
+    figure = plt.figure(figsize=(beside * COLUMN, sum(tall)))
     figure.suptitle(title, x=0.01, ha="left", fontsize=8, weight="bold")
     if len(parts) == 1:
         return figure, [(figure, drawn)]
-    subfigures = figure.subfigures(len(parts), 1, squeeze=False, height_ratios=heights)[:, 0]
+    grid = figure.subfigures(len(tall), beside, squeeze=False, height_ratios=tall)
+    subfigures = grid.flat[: len(parts)]
     for panel, machine in zip(subfigures, parts, strict=True):
         panel.suptitle(machine, x=0.01, ha="left", style="italic", **SMALL)
     return figure, list(zip(subfigures, parts.values(), strict=True))
@@ -150,10 +159,11 @@ def rows_chart(drawn: DataFrame, title: str, draw: Callable[[Axes, DataFrame], N
     tall stands in two columns of one scale, as wide as a paper's two.
     """
     figure, parts = panels(drawn, title, lambda rows: max(map(height, columns(rows))))
+    width = figure.get_figwidth()
     for panel, rows in parts:
         groups = columns(rows)
         if len(groups) > 1:
-            figure.set_figwidth(2 * COLUMN)
+            figure.set_figwidth(2 * width)
         axes = panel.subplots(1, len(groups), squeeze=False)[0]
         for axis, group in zip(axes, groups, strict=True):
             draw(axis, group)

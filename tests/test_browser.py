@@ -74,6 +74,7 @@ async function look(path, isRun) {
     await new Promise(soon => setTimeout(soon, 100));
   const images = [...panel.node.querySelectorAll("img")];
   await Promise.allSettled(images.map(image => image.decode()));
+  const outputs = cells.flatMap(cell => cell.outputArea ? cell.outputArea.model.toJSON() : []);
   const seen = {
     path,
     images: images.length,
@@ -81,7 +82,7 @@ async function look(path, isRun) {
     texts: count(".jp-MarkdownCell .jp-MarkdownOutput"),
     answered: cells.filter(cell => cell.node.querySelector(".jp-OutputArea-output")).length,
     ran: cells.filter(cell => cell.model.executionCount > 0).length,
-    errors: count('[data-mime-type="application/vnd.jupyter.error"]'),
+    errors: outputs.filter(output => output.output_type === "error").length,
   };
   panel.dispose();
   return seen;
@@ -181,5 +182,5 @@ def test_every_notebook_is_shown_in_jupyterlab_and_the_first_one_runs(tmp_path):
         assert page["drawn"] == page["images"] and page["errors"] == 0, page
     assert ran["ran"] == sum(cell.cell_type == "code" for cell in first.cells)
     assert ran["errors"] == 0 and ran["drawn"] == ran["images"] > 0
-    records = next((tmp_path / "RESULTS_DIR").rglob("*.json"))
+    records = next((tmp_path / "RESULTS_DIR").rglob("01_*.json"))
     assert results.read(records).run.finished

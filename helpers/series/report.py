@@ -235,13 +235,14 @@ def variants(found: dict[str, Found]) -> pd.DataFrame:
     columns += ["perplexity", "nll_delta", "nll_delta_low", "nll_delta_high"]
     columns += ["engine", "model", "machine", "status"]
     for place in found.values():
-        for record in place.headline:
-            lesson = [other for other in place.headline if other.technique == record.technique]
-            low, high = record.nll_delta_ci95 or (None, None)
-            quality = {"perplexity": record.perplexity, "nll_delta": record.nll_delta}
-            quality |= {"nll_delta_low": low, "nll_delta_high": high}
-            where = {"engine": record.engine, "machine": place.machine}
-            rows.append(front.gain_of(record, lesson) | quality | where)
+        for lesson in place.lessons.values():
+            headline = [record for record in lesson.records if record.sweep is None]
+            for record in headline:
+                low, high = record.nll_delta_ci95 or (None, None)
+                quality = {"perplexity": record.perplexity, "nll_delta": record.nll_delta}
+                quality |= {"nll_delta_low": low, "nll_delta_high": high}
+                where = {"engine": record.engine, "machine": place.machine}
+                rows.append(front.gain_of(record, headline) | quality | where)
     return pd.DataFrame(rows, columns=columns).rename(columns={"id": "variant"})
 
 
@@ -349,7 +350,7 @@ def _picture(place: Found, text: str) -> str:
 
 def readme_parts(place: Found | None) -> dict[str, str]:
     """README's generated parts, in Markdown, by the name of their marks."""
-    rows = front.picks(place.records) if place else pd.DataFrame(columns=["technique"])
+    rows = front.picks(place.lessons.values() if place else [])
     deeper = []
     for path in stamps.notebooks(deeper=True):
         state = "" if stamps.is_stamped(path) else " *(no reference run yet)*"
