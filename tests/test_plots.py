@@ -384,7 +384,7 @@ def test_machines_stand_beside_each_other_where_they_would_be_taller_than_a_page
 def test_what_was_not_run_is_in_no_chart(draw):
     """It has no figure; README's table and RESULTS.md name it, and why."""
     missing = {"status": "unsupported", "reason": "needs a GPU", "baseline": "fp32"}
-    rows = speeds() + [a_record(technique="mixed_precision", id="w4", variant="w4", **missing)]
+    rows = [*speeds(), a_record(technique="mixed_precision", id="w4", variant="w4", **missing)]
     assert not any("w4" in text for text in texts(draw(frame(*rows))))
 
 
