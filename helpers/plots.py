@@ -51,8 +51,8 @@ class NoData(ValueError):
 
 
 def use_style() -> None:
-    """Switch the house style on."""
-    plt.style.use(STYLE)
+    """Switch the house style on, whatever a matplotlibrc says."""
+    plt.style.use(["default", STYLE])
 
 
 # ---- rows

@@ -2,6 +2,8 @@
 properties: test_NN_*.)
 """
 
+import base64
+import io
 import json
 import os
 import re
@@ -15,6 +17,7 @@ import nbformat
 import papermill
 import psutil
 import pytest
+from PIL import Image
 from papermill.exceptions import PapermillExecutionError
 
 from helpers import machine, results
@@ -47,6 +50,29 @@ def test_a_lesson_leaves_plausible_records(name, run_lesson):
             assert record.kl_divergence > -1e-6
         if record.moved_bytes_per_s:
             assert record.step_bytes and record.decode_tokens_per_s
+
+
+@pytest.mark.slow
+def test_a_reader_s_own_settings_change_no_chart(tmp_path, monkeypatch):
+    """A backend for scripts would show none; a matplotlibrc of LaTeX and small pictures, another
+    look; and without HOME the folders are those of the user's entry in the system.
+    """
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfigure.dpi: 20\nfont.size: 30\n")
+    monkeypatch.setenv("MATPLOTLIBRC", str(tmp_path / "matplotlibrc"))
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setenv("SEVEN_PROFILE", "smoke")
+    lesson = run.notebooks(["01"])[0]
+    given = run.smoke_parameters(lesson) | {"RESULTS_DIR": str(tmp_path / "results")}
+    run.execute(lesson, tmp_path / lesson.name, given)
+    sizes = []
+    for notebook in (lesson, tmp_path / lesson.name):
+        outputs = [o for c in nbformat.read(notebook, 4).cells for o in c.get("outputs", [])]
+        shown = [o.data["image/png"] for o in outputs if "image/png" in o.get("data", {})]
+        pictures = [Image.open(io.BytesIO(base64.b64decode(text))) for text in shown]
+        sizes.append([picture.width for picture in pictures])
+    committed, ran = sizes
+    assert committed and ran == pytest.approx(committed, rel=0.2)
 
 
 @pytest.mark.notebook
