@@ -243,7 +243,7 @@ def test_a_name_longer_than_a_file_may_have_is_refused():
 def test_a_gguf_file_is_refused_in_one_sentence(tmp_path):
     file = tmp_path / "model-q4.gguf"
     file.write_bytes(b"GGUF")
-    with pytest.raises(ValueError, match="is no folder with a config.json in it") as refusal:
+    with pytest.raises(ValueError, match=r"is no folder with a config\.json in it") as refusal:
         models.resolve(str(file))
     assert "\n" not in str(refusal.value)
 

@@ -17,8 +17,8 @@ import nbformat
 import papermill
 import psutil
 import pytest
-from PIL import Image
 from papermill.exceptions import PapermillExecutionError
+from PIL import Image
 
 from helpers import machine, results
 from helpers.series import claims, parameters, report, run, stamps
