@@ -213,7 +213,17 @@ def _conditions(place: Found, records: list[Record]) -> str:
     requests = sorted({r.details["requests"] for r in records if "requests" in r.details})
     if requests:
         sentences.append(f"Workloads of {', '.join(map(str, requests))} requests.")
-    single = [record for record in records if "requests" not in record.details]
+    loads = [record.details for record in records if "load_requests" in record.details]
+    if loads:
+        counts = [load["load_requests"] for load in loads]
+        sentences.append(
+            f"Load: {min(counts)} to {max(counts)} requests a rate in "
+            f"{len(loads[0]['in_time_by_seed'])} runs, {loads[0]['slots']} slots; in time: first "
+            f"token within {loads[0]['objective_ttft_s']:g} s, "
+            f"{loads[0]['objective_tpot_s']:g} s for each further one."
+        )
+    served = {"requests", "load_requests"}
+    single = [record for record in records if served.isdisjoint(record.details)]
     prompts, new = _distinct(single, "prompt_tokens"), _distinct(single, "new_tokens")
     if new:
         sentences.append(f"Prompts of {prompts or 'unknown'} tokens, {new} new ones.")
