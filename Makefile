@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/ready-$(EXTRA)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: run deeper test test-slow lint reference gpu-check bench soak readme html schema publish constraints clean clean-cache
+.PHONY: run deeper test test-slow lint reference gpu-check bench soak audit coverage readme html schema publish constraints clean clean-cache
 
 run: $(READY)
 	$(PY) -m helpers.series.run $(if $(AGAIN),--again)
@@ -24,6 +24,8 @@ test-slow: $(READY)
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check helpers tests
+	$(PY) -m mypy
+	$(PY) -m codespell_lib
 
 reference: $(READY)
 	$(PY) -m helpers.series.run --deeper --reference
@@ -38,7 +40,16 @@ bench: $(READY)
 	status=0; for part in measuring engines serving perplexity; do $(PY) -m tests.bench.$$part || status=1; done; exit $$status
 
 soak: $(READY)
-	$(PY) -m tests.bench.soak
+	$(PY) -m tests.bench.soak $(if $(PARTS),--parts $(PARTS))
+
+# Known weaknesses of what is pinned. Needs the network; nothing else of the project waits for it.
+audit: $(READY)
+	$(PY) -m tests.bench.audit
+
+# How much of the kit the unit tests run, by lines
+coverage: $(READY)
+	$(PY) -m coverage run --source=helpers -m pytest -m "not slow and not notebook"
+	$(PY) -m coverage report --include="helpers/*.py" --fail-under=90
 
 readme: $(READY)
 	$(PY) -m helpers.series.report
@@ -55,7 +66,7 @@ publish:
 	$(PYTHON) -m helpers.series.publish "$(URL)"
 
 clean:
-	rm -rf .venv runs build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv runs build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # What was made outside of this folder: the converted default model, and shapes with random weights.
 clean-cache:

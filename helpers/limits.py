@@ -7,6 +7,7 @@ import argparse
 import re
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,14 +64,14 @@ def best_seconds(work: Callable[[], object], device: str, repeats: int = 3) -> f
     work()
     timing.synchronize(device)
     if torch.device(device).type != "cuda":
-        seconds = []
+        seconds = []  # type: list[float]
         for _ in range(repeats):
-            start = time.perf_counter()
+            start = time.perf_counter()  # type: Any
             work()
             seconds.append(time.perf_counter() - start)
         return min(seconds)
     stream = torch.cuda.current_stream(device)  # without it an event is the current card's
-    milliseconds = []
+    milliseconds = []  # type: list[float]
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record(stream)
@@ -106,14 +107,14 @@ def launch_s(device: str) -> float | None:
         return None
     tiny = torch.zeros(1, device=device)
 
-    def chain():
+    def chain() -> None:
         for _ in range(LAUNCHES):
             tiny.add_(1)
 
     return best_seconds(chain, device) / LAUNCHES
 
 
-def launches(net) -> int | None:
+def launches(net: Any) -> int | None:
     """Kernel launches of one decode step without its sampling; None on a CPU. Count them once a
     model: they do not depend on the prompt.
     """
@@ -135,7 +136,7 @@ def launches_among(calls: dict[str, int]) -> int:
     return sum(count for name, count in calls.items() if LAUNCH.fullmatch(name))
 
 
-def read_shares(net) -> dict[torch.nn.Parameter, float]:
+def read_shares(net: Any) -> dict[torch.nn.Parameter, float]:
     """The share of a parameter that one token must read, of those that it need not read whole.
 
     Tables that are looked up (an input embedding that is no head too, positions): 0. Routed
@@ -146,7 +147,7 @@ def read_shares(net) -> dict[torch.nn.Parameter, float]:
     config = net.config.get_text_config()
     picked = next((getattr(config, name) for name in PICKED if getattr(config, name, None)), 1)
     head = getattr(net.get_output_embeddings(), "weight", None)
-    shares = {}
+    shares = {}  # type: dict[torch.nn.Parameter, float]
     for module in net.modules():
         kind = type(module).__name__
         for parameter in module.parameters(recurse=False):
@@ -157,7 +158,7 @@ def read_shares(net) -> dict[torch.nn.Parameter, float]:
     return shares
 
 
-def decode_bytes(net) -> int:
+def decode_bytes(net: Any) -> int:
     """Bytes of weights that one decode step must read, whatever the batch: see `read_shares`.
 
     A batch whose sequences pick different experts reads more.
@@ -166,14 +167,14 @@ def decode_bytes(net) -> int:
     return memory.weight_bytes(net) - round(unread)
 
 
-def prefill_parameters(net) -> int:
+def prefill_parameters(net: Any) -> int:
     """Parameters that every prompt token goes through, as `prefill_limit` takes them.
 
     The head, which runs once a prompt, is left out; the rest as in `read_shares`. For a model that
     is not quantized: codes are packed.
     """
     shares = read_shares(net) | {net.get_output_embeddings().weight: 0}
-    return round(sum(weight.numel() * shares.get(weight, 1) for weight in net.parameters()))
+    return round(sum(weight.numel() * shares.get(weight, 1) for weight in net.parameters()))  # type: ignore[no-any-return]
 
 
 def decode_limit(step_bytes: float, bandwidth: float, batch_size: int = 1) -> float:
@@ -197,14 +198,14 @@ def prefill_limit(parameters: float, flops: float) -> float:
     return flops / (2 * parameters)
 
 
-def roofline(intensity, bandwidth: float, flops: float):
+def roofline(intensity: Any, bandwidth: float, flops: float) -> Any:
     """Attainable operations per second at an arithmetic intensity in operations per byte (scalar
     or array).
     """
     return torch.minimum(torch.as_tensor(intensity) * bandwidth, torch.tensor(flops)).numpy()
 
 
-def measure(device: str) -> dict:
+def measure(device: str) -> dict[str, Any]:
     """This device's readings, as `results.keep_limits` takes them (bytes/s, operations/s, s)."""
     probe = Bandwidth(device)
     samples = [probe() for _ in range(5)]
@@ -221,7 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m helpers.limits", description=__doc__)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     device = machine.pick_device(parser.parse_args().device)
-    ceilings = results.keep_limits(measure(device), device)
+    ceilings = results.keep_limits(measure(device), device)  # type: Any
     print(machine.line())
     print(f"read bandwidth: {ceilings.bandwidth_bytes_per_s / 1e9:.1f} GB/s", end=" ")
     print(f"(spread of {ceilings.bandwidth_readings} readings {ceilings.bandwidth_spread:.0%})")

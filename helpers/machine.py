@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pynvml
@@ -41,7 +42,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 CGROUP_OF_PROCESS = Path("/proc/self/cgroup")
 
 
-def cpu() -> dict:
+def cpu() -> dict[str, Any]:
     """The processor as PyTorch sees it.
 
     Returns
@@ -63,7 +64,7 @@ def _cgroup_values(controller: str, file_v1: str, file_v2: str) -> list[str]:
     Inside a container the path of the process may be one of the host; then only the files at the
     top are there, and they are the container's.
     """
-    values = []
+    values = []  # type: list[str]
     if not CGROUP_OF_PROCESS.is_file():
         return values
     for row in CGROUP_OF_PROCESS.read_text().splitlines():
@@ -104,10 +105,10 @@ def memory_bytes() -> int:
     """Memory that this process may use, in bytes: the machine's, or a container's limit."""
     values = _cgroup_values("memory", "memory.limit_in_bytes", "memory.max")
     limits = [int(value) for value in values if value != "max"]
-    return min([psutil.virtual_memory().total, *limits])
+    return min([psutil.virtual_memory().total, *limits])  # type: ignore[no-any-return]
 
 
-def gpus() -> list[dict]:
+def gpus() -> list[dict[str, Any]]:
     """The visible CUDA devices: name, memory in bytes, compute capability; empty without one."""
     if not torch.cuda.is_available():
         return []
@@ -124,7 +125,7 @@ def gpus() -> list[dict]:
     return cards
 
 
-def _nvml(function: str, *arguments):
+def _nvml(function: str, *arguments: Any) -> Any:
     """What a function of NVML returns; None where it fails or the library is missing."""
     try:
         return getattr(pynvml, function)(*arguments)
@@ -132,7 +133,7 @@ def _nvml(function: str, *arguments):
         return None
 
 
-def driver() -> dict:
+def driver() -> dict[str, Any]:
     """The NVIDIA driver as it tells of itself, whatever PyTorch can do with it.
 
     Returns
@@ -273,7 +274,7 @@ def _check_cuda(device: str, index: int) -> None:
         raise ValueError(f"{asked} PyTorch sees no CUDA device here; use 'auto' or 'cpu'.")
 
 
-def _gpus_of(device: str | None) -> list[dict]:
+def _gpus_of(device: str | None) -> list[dict[str, Any]]:
     """The GPUs by which a run is named: none where it is on the CPU."""
     if device is not None and torch.device(device).type == "cpu":
         return []
@@ -340,7 +341,7 @@ def commit() -> str | None:
     return f"{head}+" if changed else head
 
 
-def describe(device: str | None = None) -> dict:
+def describe(device: str | None = None) -> dict[str, Any]:
     """Everything a record's file says of its machine (JSON-ready; memory in bytes); `device` as in
     `slug`. `cuda` is the version that PyTorch was built for, `driver` the NVIDIA driver's.
     """

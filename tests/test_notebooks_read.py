@@ -1,6 +1,7 @@
 """Do the notebooks keep the contract? Read, not run: form, figures typed by hand, stamps."""
 
 import ast
+import inspect
 import re
 import statistics
 
@@ -186,3 +187,78 @@ def test_all_stamps_are_of_one_machine():
     machines = {m["machine"] for p in ALL if (m := nbformat.read(p, 4).metadata.get("stamp"))}
     assert len(machines) <= 1
     assert machines <= {p.parent.name for p in (run.NOTEBOOKS / "results").glob("*/machine.json")}
+
+
+def said(text):
+    """A fault: this stands in the last cell of prose."""
+
+    def spoil(notebook):
+        cell = [c for c in notebook.cells if c.cell_type == "markdown"][-1]
+        cell.source += "\n\n" + text
+
+    return spoil
+
+
+def typed(text, cell=1):
+    """A fault: this stands in a cell of code, by default in that of the parameters."""
+
+    def spoil(notebook):
+        code(notebook)[cell].source += "\n" + text
+
+    return spoil
+
+
+def lost(text):
+    """A fault: this stands nowhere."""
+
+    def spoil(notebook):
+        for cell in notebook.cells:
+            cell.source = cell.source.replace(text, "")
+
+    return spoil
+
+
+def printed(text):
+    """A fault: the last cell printed this."""
+
+    def spoil(notebook):
+        output = nbformat.v4.new_output("stream", text=text)
+        code(notebook)[-1].outputs.append(output)
+
+    return spoil
+
+
+BAD = [
+    (test_it_is_a_valid_notebook_of_reasonable_size, said("x" * 400_000)),
+    (test_bootstrap_is_the_same_everywhere, typed("print()", cell=0)),
+    (test_parameters_are_literals_with_their_unit, typed("LENGTH = 5")),
+    (test_cells_are_short_and_explained, typed("print()\n" * 26, cell=2)),
+    (test_a_lesson_has_the_skeleton, lost("## Is it still the same model?")),
+    (test_a_lesson_has_the_skeleton, lost("SEED = 0")),
+    (test_a_deeper_notebook_has_its_skeleton, lost("## In practice")),
+    (test_no_measured_figure_is_typed, said("It is 2.5 times faster.")),
+    (test_no_measured_figure_is_typed, said("It makes 31 tokens/s.")),
+    (test_links_between_notebooks_lead_somewhere, said("[There](09_nowhere.ipynb)")),
+    (test_outputs_bear_a_stamp, lambda notebook: notebook.metadata.pop("stamp")),
+    (test_outputs_are_clean, printed("/home/somebody/model")),
+    (test_outputs_are_clean, printed("3%|  | 1/30 [00:01<00:29, 1.0it/s]")),
+    (
+        test_smoke_values_are_parameters_of_their_own_notebook,
+        lambda notebook: notebook.metadata.smoke.update(LENGTH=5),
+    ),
+]
+
+
+@pytest.mark.parametrize(("rule", "spoil"), BAD)
+def test_each_rule_finds_a_notebook_that_breaks_it(tmp_path, rule, spoil):
+    deeper = rule is test_a_deeper_notebook_has_its_skeleton
+    good = DEEPER[0] if deeper else LESSONS[0]
+    bad = nbformat.read(good, 4)
+    spoil(bad)
+    asked = inspect.signature(rule).parameters
+    given = {"path": good, "notebook": bad, "lesson": bad}
+    if set(asked) == {"path"}:  # the rule reads the file
+        given["path"] = tmp_path / good.name
+        nbformat.write(bad, given["path"])
+    with pytest.raises(AssertionError):
+        rule(**{name: given[name] for name in asked})

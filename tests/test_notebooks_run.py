@@ -2,6 +2,8 @@
 properties: test_NN_*.)
 """
 
+import base64
+import io
 import json
 import os
 import re
@@ -16,6 +18,7 @@ import papermill
 import psutil
 import pytest
 from papermill.exceptions import PapermillExecutionError
+from PIL import Image
 
 from helpers import machine, results
 from helpers.series import claims, parameters, report, run, stamps
@@ -47,6 +50,29 @@ def test_a_lesson_leaves_plausible_records(name, run_lesson):
             assert record.kl_divergence > -1e-6
         if record.moved_bytes_per_s:
             assert record.step_bytes and record.decode_tokens_per_s
+
+
+@pytest.mark.slow
+def test_a_reader_s_own_settings_change_no_chart(tmp_path, monkeypatch):
+    """A backend for scripts would show none; a matplotlibrc of LaTeX and small pictures, another
+    look; and without HOME the folders are those of the user's entry in the system.
+    """
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfigure.dpi: 20\nfont.size: 30\n")
+    monkeypatch.setenv("MATPLOTLIBRC", str(tmp_path / "matplotlibrc"))
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setenv("SEVEN_PROFILE", "smoke")
+    lesson = run.notebooks(["01"])[0]
+    given = run.smoke_parameters(lesson) | {"RESULTS_DIR": str(tmp_path / "results")}
+    run.execute(lesson, tmp_path / lesson.name, given)
+    sizes = []
+    for notebook in (lesson, tmp_path / lesson.name):
+        outputs = [o for c in nbformat.read(notebook, 4).cells for o in c.get("outputs", [])]
+        shown = [o.data["image/png"] for o in outputs if "image/png" in o.get("data", {})]
+        pictures = [Image.open(io.BytesIO(base64.b64decode(text))) for text in shown]
+        sizes.append([picture.width for picture in pictures])
+    committed, ran = sizes
+    assert committed and ran == pytest.approx(committed, rel=0.2)
 
 
 @pytest.mark.notebook
@@ -207,7 +233,12 @@ def outcomes(folder, *options) -> subprocess.Popen:
     command = [sys.executable, "-c", RUN, str(folder), str(folder / "out"), *options]
     environment = os.environ | {"PYTHONPATH": str(results.ROOT), "COLUMNS": "120"}
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,  # a group of its own, which Ctrl-C reaches as a whole
     )
 
 
@@ -223,8 +254,8 @@ def test_ctrl_c_leaves_nothing_running_and_the_next_run_goes_on_from_there(tmp_p
         time.sleep(0.1)
     below = psutil.Process(running.pid).children(recursive=True)
     assert int(started.read_text()) in {process.pid for process in below}
-    running.send_signal(signal.SIGINT)
-    said, _ = running.communicate(timeout=60)
+    os.killpg(running.pid, signal.SIGINT)
+    said, _ = running.communicate(timeout=10)  # as is promised
     assert running.returncode == 1
     assert not [process for process in below if process.is_running()]
     assert re.search(r"01_done .* ok", said) and re.search(rf"02_stopped .* {run.STOPPED}", said)

@@ -105,6 +105,10 @@ def frame(*records: results.Record, machine: str = "here") -> pd.DataFrame:
     return rows.assign(machine=machine, notebook=rows["technique"])
 
 
+def two_machines(rows: pd.DataFrame) -> pd.DataFrame:
+    return pd.concat([rows, rows.assign(machine="there")], ignore_index=True)
+
+
 def texts(figure) -> set[str]:
     labels = set()
     for axis in figure.findobj(plt.Axes):
@@ -367,6 +371,21 @@ def test_a_long_list_stands_in_two_columns_of_one_scale(draw):
     names = [[label.get_text() for label in axis.get_yticklabels()] for axis in figure.axes]
     assert list(map(len, names)) == [21, 21] and names[0][0] == "fp32" == names[1][0]
     assert {"technique 0", "technique 5"} <= texts(figure)
+
+
+def test_machines_stand_beside_each_other_where_they_would_be_taller_than_a_page():
+    short = plots.speedup(two_machines(frame(*many(2))))
+    assert short.get_figwidth() == plots.COLUMN
+    long = plots.speedup(two_machines(frame(*many(4))))
+    assert long.get_figheight() <= plots.PAGE and long.get_figwidth() > plots.COLUMN
+
+
+@pytest.mark.parametrize("draw", [plots.speedup, plots.memory, plots.limit])
+def test_what_was_not_run_is_in_no_chart(draw):
+    """It has no figure; README's table and RESULTS.md name it, and why."""
+    missing = {"status": "unsupported", "reason": "needs a GPU", "baseline": "fp32"}
+    rows = [*speeds(), a_record(technique="mixed_precision", id="w4", variant="w4", **missing)]
+    assert not any("w4" in text for text in texts(draw(frame(*rows))))
 
 
 def test_an_svg_has_a_title_and_letters_that_other_machines_have(tmp_path):

@@ -475,6 +475,10 @@ def test_a_caption_tells_the_conditions_of_the_rows_drawn():
     assert text.startswith("Shown. Model: ") and "transformers" in text
     assert "pairs with the baseline" in text
     assert "llama.cpp" not in text and "vllm" not in text
+    under_load = rows[rows.details.map(lambda details: "load_requests" in details)]
+    text = report.caption({"here": place}, "Shown.", under_load)
+    assert "requests a rate in 3 runs, 8 slots; in time: first token within 1 s" in text
+    assert "Prompts of" not in text
     elsewhere = report.caption({"here": place}, "Shown.", fp16.assign(machine="there"))
     assert elsewhere == "Shown."
     predicted = pd.DataFrame({"technique": ["fp16"], "total_bytes": [1]})

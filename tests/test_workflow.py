@@ -16,6 +16,7 @@ import yaml
 
 from helpers import models
 from helpers.series import run
+from tests.bench import audit
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -145,3 +146,13 @@ def test_make_knows_every_target_that_is_named():
             ["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
+
+
+def test_an_audit_says_what_it_did_not_see():
+    unseen = {"name": "torch", "skip_reason": "not found"}
+    weak = {"name": "pillow", "version": "1.0", "vulns": [{"id": "GHSA-1"}]}
+    sound = {"name": "tqdm", "version": "4.0", "vulns": []}
+    assert audit.sentence([unseen]) == audit.sentence([])
+    assert "nothing was audited" in audit.sentence([unseen])
+    said = audit.sentence([unseen, weak, sound])
+    assert said.startswith("2 of 3 packages audited, weaknesses known of 1\npillow 1.0: GHSA-1")

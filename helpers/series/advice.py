@@ -10,6 +10,11 @@ import math
 import sys
 from collections.abc import Sequence
 
+if __name__ == "__main__":
+    from helpers.series import command  # before anything large
+
+    sys.exit(command.main())
+
 import pandas as pd
 from rich.console import Console
 from rich.table import Column, Table
@@ -83,6 +88,10 @@ def size(nbytes: float) -> str:
     return f"{nbytes / 1e9:.1f}"
 
 
+def counted(count: int, what: str) -> str:
+    return f"one {what}" if count == 1 else f"{count} {what}s"
+
+
 def cards_of(count: int, name: str) -> str:
     if name.startswith("this"):
         return name
@@ -93,14 +102,14 @@ def verdict(row: pd.Series) -> str:
     """Does it fit? One sentence, with both numbers."""
     device = cards_of(row["gpus"], row["gpu"])
     each = "" if row["gpus"] == 1 else " each"
-    need, room = size(row["total_bytes"]), size(row["room_bytes"])
-    work = f"{row['batch']} × {row['length']:,} tokens in {row['engine']}"
+    need, room = row["total_bytes"], row["room_bytes"]
+    fits, spare = "does not fit", ""
     if row["fits"]:
-        spare = size(row["room_bytes"] - row["total_bytes"])
-        answer = f"fits {device}: {need} of {room} GB{each}, {spare} to spare"
-    else:
-        answer = f"does not fit {device}: {need} of {room} GB{each}"
-    return f"{row['model']} in {row['technique']} {answer} ({work})."
+        fits, spare = "fits", f", {size(room - need)} to spare"
+    return (
+        f"{row['model']} in {row['technique']} {fits} {device}: {size(need)} of {size(room)} GB"
+        f"{each}{spare} ({row['batch']} × {row['length']:,} tokens in {row['engine']})."
+    )
 
 
 def speed(row: pd.Series) -> str:
@@ -116,8 +125,7 @@ def speed(row: pd.Series) -> str:
     likely = f"{row['expected_tokens_per_s']:,.0f}"
     if spread != f"{likely} to {likely}":
         likely += f" ({spread})"
-    count = row["expected_rows"]
-    rows = "one published row" if count == 1 else f"{count} published rows"
+    rows = counted(row["expected_rows"], "published row")
     text = (
         f"Expect {likely} tokens/s, by {rows} of {row['expected_engines']} "
         f"({row['expected_from']}); {best}."
@@ -129,13 +137,13 @@ def speed(row: pd.Series) -> str:
 
 def certainty(technique: str) -> str:
     """How far from published peaks, and where that was looked at? One sentence."""
-    peaks = planner.checked()
+    peaks = planner.kept("checked")
     same = peaks[peaks["technique"] == technique]
     rows = peaks if same.empty else same
     what = f"of {technique}" if len(same) else f"(none is of {technique})"
     where = f"batch 1, up to {rows['length'].max():,} tokens"
-    number = "the one published peak" if len(rows) == 1 else f"{len(rows)} published peaks"
-    worst = planner.prediction_error(technique)
+    number = counted(len(rows), "published peak")
+    worst = rows["error"].abs().max()
     return f"Memory: {worst:.1%} off at worst in {number} {what}, {where}; not checked beyond that."
 
 
@@ -153,10 +161,9 @@ def next_steps(model: Model, row: pd.Series, card: pd.Series, split: str, work: 
     def fits(name: str, **change) -> bool:
         return planner.fits(model, name, card, **(asked | change))
 
-    prompt = work.get("prompt") or work["length"]
-    prompts = work["batch"] * prompt
-    whole = ENGINES[row["engine"]].chunk == math.inf and not work.get("chunk")
-    if whole and prompts > CHUNK and fits(technique, chunk=CHUNK):
+    prompt = work["prompt"] or work["length"]
+    whole = ENGINES[row["engine"]].chunk == math.inf and not work["chunk"]
+    if whole and work["batch"] * prompt > CHUNK and fits(technique, chunk=CHUNK):
         steps.append(f"with its prompts in pieces (--chunk {CHUNK}: generate's prefill_chunk_size)")
     smaller = {}
     for name in techniques(model, technique, work["engine"], card):
@@ -179,20 +186,27 @@ def next_steps(model: Model, row: pd.Series, card: pd.Series, split: str, work: 
     return steps
 
 
-def notes(model: Model, row: pd.Series, card: pd.Series) -> list[str]:
-    """What a reader should know of this answer, a sentence each."""
-    engine, length = row["engine"], row["length"]
+def notes(model: Model, row: pd.Series, card: pd.Series, engines: set[str]) -> list[str]:
+    """What a reader should know of this answer, a sentence each. engines : of all rows."""
+    length = row["length"]
     found = list(model.notes)
+    if "source" in card:
+        found.append(f"{card.name} is that of {card.source.partition('; memory:')[0]}.")
+    if not model.attends:
+        found.append(
+            f"{model.name} has no attention: what it keeps of a sequence does not grow with its "
+            "length, and no published peak or speed is of such a model."
+        )
     if model.context and length > model.context:
         found.append(f"{model.name} was made for {model.context:,} positions, not {length:,}.")
-    if row["gpus"] > 1:
-        found.append(planner.refusal(model, row["gpus"], engine))
-    if engine == "vllm":
+    if uncut := planner.refusal(model, row["gpus"], row["engine"]):
+        found.append(uncut)
+    if "vllm" in engines:
         found.append(
             f"vLLM takes {ENGINES['vllm'].share:.0%} of the card, whatever is needed; its CUDA "
             "graphs are not counted."
         )
-    return [note for note in found if note]
+    return found
 
 
 def answer(model_name: str, asked: argparse.Namespace) -> dict:
@@ -204,16 +218,16 @@ def answer(model_name: str, asked: argparse.Namespace) -> dict:
     model = planner.describe(model_name)
     devices = _devices(asked)
     count, card = devices[0] if devices else (1, None)
-    first = first_technique(model, card, asked.engine)
-    if asked.technique:
-        first = anatomy.spelled(asked.technique[0])
-    for technique in asked.technique or []:
-        if card is not None and not runs_on(anatomy.spelled(technique), card):
+    wanted = [anatomy.spelled(name) for name in asked.technique or []]
+    for name in wanted:
+        if card is not None and not runs_on(name, card):
             raise ValueError(
-                f"{technique} needs compute capability {NEEDS[anatomy.spelled(technique)]}, and "
-                f"{card.name} has {card.compute_capability}."
+                f"{name} needs compute capability {NEEDS[name]}, and {card.name} has "
+                f"{card.compute_capability}."
             )
-    names = asked.technique or techniques(model, first, asked.engine, card)
+    wanted = wanted or [first_technique(model, card, asked.engine)]
+    first = wanted[0]
+    names = wanted if asked.technique else techniques(model, first, asked.engine, card)
     work = {
         "batch": asked.batch,
         "length": asked.length,
@@ -228,14 +242,16 @@ def answer(model_name: str, asked: argparse.Namespace) -> dict:
         where = [
             "No --gpu is given: this is the smallest of the table that holds it, or the largest."
         ]
+    engine = anatomy.usual_engine(first, asked.engine)
+    if asked.split == "tensor" and (impossible := planner.refusal(model, count, engine)):
+        raise ValueError(impossible)
     how = work | {"engine": asked.engine, "split": asked.split}
     frames = [
         planner.plan([model_name], names, [device], gpus=each, **how) for each, device in devices
     ]
     rows = pd.concat(frames, ignore_index=True)
     row = rows.iloc[0]
-    subjects = rows[rows["technique"].isin(asked.technique or [first])]
-    engine = row["engine"]
+    subjects = rows[rows["technique"].isin(wanted)]
     split = asked.split or planner.usual_split(model, count, engine)
     told = {
         "verdict": verdict(row),
@@ -243,7 +259,7 @@ def answer(model_name: str, asked: argparse.Namespace) -> dict:
         "next": next_steps(model, row, card, split, work | {"engine": asked.engine}),
         "speed": speed(row),
         "certainty": certainty(row["technique"]),
-        "notes": where + notes(model, row, card),
+        "notes": where + notes(model, row, card, set(rows["engine"])),
         "fits": bool(subjects["fits"].any()),
         "rows": rows,
         "model": model,
@@ -312,7 +328,7 @@ def _table(model: Model, rows: pd.DataFrame) -> Table:
     engine = rows.iloc[0]["engine"]
     ranks = ", ".join(map(str, planner.degrees(model, engine=engine)))
     title += f"; tensor parallel over {ranks} ({engine})"
-    published = set(planner.checked()["technique"])
+    published = set(planner.kept("checked")["technique"])
     numbers = ("needs GB", "of GB", "error", "GPUs", "tokens/s")
     table = Table(
         "technique",
@@ -406,7 +422,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         as_text(told, asked.all, asked.breakdown)
     return 0 if told["fits"] else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

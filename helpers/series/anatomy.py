@@ -212,6 +212,11 @@ class Model(NamedTuple):
     own: str = ""
     notes: tuple[str, ...] = ()
 
+    @property
+    def attends(self) -> bool:
+        """Has any layer a cache that grows? Where it is not known, it is taken to."""
+        return self.cache is None or any(layer.position for layer in self.cache)
+
 
 def nearest(name: str, known) -> str:
     """The three of `known` spelled most alike, for a sentence."""

@@ -67,8 +67,12 @@ def start(project: Path, source: str = "") -> None:
     print(f"{PACKAGE}: {origin}" + "".join(f"; passed over: {other}" for other in others))
     if may_install:
         install_missing(project)
-    with contextlib.suppress(ImportError):  # tables show their notes and verdicts whole
-        importlib.import_module("pandas").set_option("display.max_colwidth", None)
+    if "ipykernel" in sys.modules:  # a backend that is set for scripts would show no chart
+        os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
+    with contextlib.suppress(ImportError):  # tables show all rows, their notes and verdicts whole
+        pandas = importlib.import_module("pandas")
+        pandas.reset_option("^display")
+        pandas.set_option("display.max_colwidth", None)
 
 
 def is_installed(project: Path) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -48,6 +49,8 @@ def made_once(
     ----------
     notice : printed before it is made.
     digest : of one file; the manifest holds those of all files, and they are compared.
+
+    Raises OSError in one sentence where it cannot be written whole; nothing of it is left then.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
@@ -56,9 +59,12 @@ def made_once(
             shutil.rmtree(folder, ignore_errors=True)
             with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
                 made = Path(scratch) / "model"
-                make(made)
-                (made / "manifest.json").write_text(json.dumps(_digests(made, digest)))
-                made.rename(folder)
+                try:
+                    make(made)
+                    (made / "manifest.json").write_text(json.dumps(_digests(made, digest)))
+                    made.rename(folder)
+                except (OSError, SafetensorError) as error:  # a full disk, say
+                    raise OSError(f"{folder.name} cannot be made in the cache: {error}") from error
     return folder
 
 

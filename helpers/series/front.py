@@ -7,6 +7,7 @@ questions README answers in a figure, by `data/surprises.csv`. Everything else c
 import fnmatch
 import math
 import textwrap
+from collections.abc import Collection
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,17 +18,19 @@ from matplotlib.layout_engine import PlaceHolderLayoutEngine
 from matplotlib.ticker import NullLocator
 
 from helpers import plots, results
-from helpers.results import Record
+from helpers.results import Record, Results
 from helpers.series import claims
 
 FASTER, SLOWER, NEITHER = "#0072b2", "#d55e00", "0.45"
 LOST = "#cf3a4c"  # seen on white paper and on dark
 MARKS = "*†‡§¶"
+GAINS = ["label", "technique", "id", "model", "baseline", "foreign", "speedup", "low", "high"]
+GAINS += ["memory_share", "status", "quality", "is_worse"]
 UNCHANGED, SAME_TEXT = "unchanged", "same text"
 
 
-def picks(records: list[Record]) -> pd.DataFrame:
-    """One row for each line of `data/front.csv` that has a record, in its order.
+def picks(lessons: Collection[Results]) -> pd.DataFrame:
+    """One row for each line of `data/front.csv` that has a record in a lesson, in its order.
 
     label, technique, id, model : which. baseline : the record's, "" for none.
     foreign : the baseline is not the first row of its lesson, so that it has to be named.
@@ -37,16 +40,25 @@ def picks(records: list[Record]) -> pd.DataFrame:
     """
     rows = []
     for pick in pd.read_csv(claims.DATA / "front.csv").to_dict("records"):
-        lesson = [r for r in records if r.technique == pick["technique"] and r.sweep is None]
-        named = [r for r in lesson if fnmatch.fnmatchcase(r.id, pick["variant"])]
-        if named:
-            rows.append({"label": pick["label"]} | gain_of(named[0], lesson))
-    columns = ["label", *gain_of(records[0], records)] if records else []
-    return pd.DataFrame(rows, columns=columns).astype({"foreign": bool, "is_worse": bool})
+        for lesson in lessons:
+            headline = [record for record in lesson.records if record.sweep is None]
+            named = [record for record in headline if _is_picked(record, pick)]
+            if named:
+                rows.append({"label": pick["label"]} | gain_of(named[0], headline))
+                break
+    return pd.DataFrame(rows, columns=GAINS).astype({"foreign": bool, "is_worse": bool})
+
+
+def _is_picked(record: Record, pick: dict) -> bool:
+    """Is it the row that `pick`, a line of `data/front.csv`, names?"""
+    named = fnmatch.fnmatchcase(record.id, pick["variant"])
+    return named and record.technique == pick["technique"]
 
 
 def gain_of(record: Record, lesson: list[Record]) -> dict:
-    """What one record of a lesson gained over its baseline: a row of `picks`, without its label."""
+    """What one record gained over its baseline, which is in the same lesson: a row of `picks`, without
+    its label.
+    """
     by_id = {other.id: other for other in lesson}
     baseline = by_id.get(record.baseline)
     speed = (math.nan, math.nan, math.nan)

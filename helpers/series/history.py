@@ -38,14 +38,14 @@ def append(folder: Path) -> None:
         if not path.name.endswith(".partial.json"):
             rows += _ratios(path)
     table = pd.DataFrame(rows, columns=COLUMNS).round(4)
-    table = table.drop_duplicates(["date", *KEY]).sort_values(["date", *KEY])
+    table = table.drop_duplicates(["date", *KEY])  # in the order of the runs, not of a clock
     results.write_atomically(folder / NAME, table.to_csv(index=False))
 
 
 def moved(rows: pd.DataFrame) -> str:
     """How often a ratio that was measured again kept its word, in one sentence."""
-    rows = rows.sort_values("date")
-    rows["word"] = [Ratio(*row).verdict for row in rows[["speedup", "low", "high"]].to_numpy()]
+    gains = rows[["speedup", "low", "high"]].to_numpy()
+    rows = rows.assign(word=[Ratio(*gain).verdict for gain in gains])
     earlier = rows.groupby(KEY)[["word", "speedup"]].shift()
     again = rows[earlier["word"].notna()]
     if again.empty:

@@ -11,9 +11,15 @@ what to expect below them comes from published speeds. Sizes are bytes; GB is 1e
 import functools
 import math
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":
+    from helpers.series import command  # before anything large
+
+    sys.exit(command.main())
 
 import pandas as pd
 
@@ -215,6 +221,8 @@ def refusal(model: Model, degree: int, engine: str = "transformers") -> str | No
 
     vLLM pads the vocabulary, and repeats key/value heads where there are fewer than GPUs.
     """
+    if degree > 1 and not model.attends:
+        return f"How {model.name} is cut for {degree} GPUs is not known: it has no attention heads."
     sizes = {
         "attention heads": model.heads,
         "key/value heads": model.kv_heads,
@@ -327,17 +335,21 @@ def setting(row) -> dict | None:
     }
 
 
-@functools.cache
+def _published(metric: str) -> Iterator[tuple]:
+    """Every published row of a metric whose setting is known, and that."""
+    rows = pd.read_csv(DATA / "published.csv")
+    for row in rows[rows["metric"].str.startswith(metric)].itertuples():
+        how = setting(row)
+        if how is not None:
+            yield row, how
+
+
 def checked() -> pd.DataFrame:
     """Every published peak beside its prediction (bytes), and the relative error, which is never
     fitted.
     """
-    published = pd.read_csv(DATA / "published.csv")
     rows = []
-    for row in published[published["metric"].str.startswith("peak_memory")].itertuples():
-        how = setting(row)
-        if how is None:
-            continue
+    for row, how in _published("peak_memory"):
         measured = row.value * UNITS[row.unit]
         predicted = memory(describe(row.model), **how)["total_bytes"]
         rows.append(
@@ -354,62 +366,49 @@ def checked() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def prediction_error(technique: str, without: str | None = None) -> float:
+@functools.cache
+def kept(name: str) -> pd.DataFrame:
+    """`checked` or `runs` as `planner_page` wrote them: no published model has to be described."""
+    return pd.read_csv(DATA / f"planned_{name}.csv", index_col=0)
+
+
+def prediction_error(technique: str) -> float:
     """Worst relative error against published peaks of the technique (of any, where none is
     published).
-
-    `without` leaves one source out, so that the error can be stated to it beforehand.
     """
-    rows = checked()[lambda rows: rows["source"] != without]
+    rows = kept("checked")
     same = rows[rows["technique"] == technique]
     return float((rows if same.empty else same)["error"].abs().max())
 
 
-@functools.cache
 def runs() -> pd.DataFrame:
-    """Every published speed of one model in one engine, and how it was taken."""
-    published = pd.read_csv(DATA / "published.csv")
-    published = published[published["metric"] == "tokens_per_s"].dropna(subset="batch_size")
+    """Every published speed of one model in one engine, how it was taken, and its limit.
+
+    layer_s : seconds a layer that a step took beyond its limit: launches, kernels that do not reach
+        the bandwidth, messages between GPUs.
+    """
     rows = []
-    for row in published.itertuples():
-        how = setting(row)
-        if how is None:
-            continue
+    for row, how in _published("tokens_per_s"):
+        batch = row.batch_size
+        model, card = describe(row.model), gpu(row.hardware.split("x ", 1)[1])
+        how = {key: how[key] for key in ("technique", "engine", "gpus", "split")}
+        best = limit(model, gpu=card, batch=batch, **how)
         rows.append(
             {
                 "source": row.source,
                 "model": row.model,
                 "variant": row.variant,
-                "gpu": gpu(row.hardware.split("x ", 1)[1]).name,
-                "batch": int(row.batch_size),
-                **{key: how[key] for key in ("technique", "engine", "gpus", "split")},
+                "gpu": card.name,
+                "batch": int(batch),
+                **how,
                 "cut": _cut(how["gpus"], how["split"]),
                 "tokens_per_s": row.value,
+                "limit_tokens_per_s": best,
+                "share": row.value / best,
+                "layer_s": batch * (1 / row.value - 1 / best) / model.layers,
             }
         )
     return pd.DataFrame(rows)
-
-
-@functools.cache
-def _limit_of(index: int) -> float:
-    """The limit of a row of `runs`, in tokens/s."""
-    row = runs().loc[index]
-    how = row[["technique", "engine", "batch", "gpus", "split"]].to_dict()
-    return limit(describe(row["model"]), gpu=gpu(row["gpu"]), **how)
-
-
-def speeds(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `runs` beside their limit.
-
-    layer_s : seconds a layer that a step took beyond its limit: launches, kernels that do not reach
-        the bandwidth, messages between GPUs.
-    """
-    best = pd.Series([_limit_of(index) for index in rows.index], index=rows.index, dtype=float)
-    layers = pd.Series([describe(name).layers for name in rows["model"]], index=rows.index)
-    beyond_s = rows["batch"] * (1 / rows["tokens_per_s"] - 1 / best)
-    return rows.assign(
-        limit_tokens_per_s=best, share=rows["tokens_per_s"] / best, layer_s=beyond_s / layers
-    )
 
 
 def _cut(gpus: int, split: str) -> str:
@@ -457,7 +456,7 @@ def expected(
     workload : length and kv_bits, as in `limit`.
     """
     name = anatomy.usual_engine(technique, engine)
-    rows = runs().drop(index=[] if without is None else [without])
+    rows = kept("runs").drop(index=[] if without is None else [without])
     rows = rows[rows["technique"].isin(FLOATS if technique in FLOATS else [technique])]
     rows = rows[rows["cut"] == _cut(gpus, split)]
     rows = rows[~rows["variant"].str.endswith("-threshold-0")]  # not how int8 is loaded by default
@@ -468,7 +467,7 @@ def expected(
     ratio = (rows["batch"] / batch).where(rows["batch"] > batch, batch / rows["batch"])
     rows = rows[(ratio == ratio.min()) & (ratio <= 4)]
     on_same_card = rows[rows["gpu"] == gpu.name]
-    rows = speeds(on_same_card if len(on_same_card) else rows)
+    rows = on_same_card if len(on_same_card) else rows
     best = limit(
         model, technique, gpu, engine=engine, batch=batch, gpus=gpus, split=split, **workload
     )
@@ -490,7 +489,7 @@ def expected(
 def speed_errors() -> pd.Series:
     """Expected ÷ published tokens/s of each published row, left out while it is expected."""
     ratios = {}
-    for row in runs().itertuples():
+    for row in kept("runs").itertuples():
         how = {key: getattr(row, key) for key in ("technique", "engine", "gpus", "split", "batch")}
         guess = expected(describe(row.model), gpu=gpu(row.gpu), without=row.Index, **how)
         if guess is not None:
@@ -594,11 +593,3 @@ def _planned(
         "expected_engines": likely.engines,
         "error": prediction_error(technique),
     }
-
-
-if __name__ == "__main__":
-    import sys
-
-    from helpers.series import advice  # which builds on this module
-
-    sys.exit(advice.main())

@@ -1,7 +1,8 @@
 """PLANNER.md: what the planner says of every shape in the project, to be checked by hand from a
 configuration, and how far it is from what others published.
 
-`python -m helpers.series.planner_page` writes it again; a test holds it to what the planner says.
+`python -m helpers.series.planner_page` writes it again, and what the planner keeps of published
+rows (`data/planned_*.csv`); tests hold both to what the planner says.
 """
 
 import math
@@ -167,7 +168,7 @@ def sizes() -> pd.DataFrame:
 def speeds() -> pd.DataFrame:
     """A row for each engine, technique, and number of GPUs of the published speeds."""
     rows = []
-    alike = planner.speeds(planner.runs()).groupby(["engine", "technique", "cut"])
+    alike = planner.runs().groupby(["engine", "technique", "cut"])
     for (engine, technique, cut), same in alike:
         rows.append(
             {
@@ -217,7 +218,15 @@ def page() -> str:
     return "\n".join(parts)
 
 
+def keep() -> None:
+    """Write what `planner.kept` reads."""
+    for name in ("checked", "runs"):
+        rows = getattr(planner, name)()
+        rows.to_csv(planner.DATA / f"planned_{name}.csv", float_format="%.9g")
+
+
 def main() -> None:
+    keep()
     results.write_atomically(PAGE, page())
     print(PAGE.name)
 

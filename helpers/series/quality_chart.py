@@ -30,7 +30,7 @@ def quality_speed(rated: DataFrame) -> Figure:
     """
     figure, parts = plots.panels(rated, "Quality against speed and size", lambda _: 4.4)
     if len(parts):
-        figure.set_figwidth(plots.COLUMN * min(2, rated.panel.nunique()))
+        figure.set_figwidth(figure.get_figwidth() * min(2, rated.panel.nunique()))
     for part, rows in parts:
         groups = []
         for _, group in rows.groupby("panel", sort=False):

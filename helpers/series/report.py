@@ -213,7 +213,17 @@ def _conditions(place: Found, records: list[Record]) -> str:
     requests = sorted({r.details["requests"] for r in records if "requests" in r.details})
     if requests:
         sentences.append(f"Workloads of {', '.join(map(str, requests))} requests.")
-    single = [record for record in records if "requests" not in record.details]
+    loads = [record.details for record in records if "load_requests" in record.details]
+    if loads:
+        counts = [load["load_requests"] for load in loads]
+        sentences.append(
+            f"Load: {min(counts)} to {max(counts)} requests a rate in "
+            f"{len(loads[0]['in_time_by_seed'])} runs, {loads[0]['slots']} slots; in time: first "
+            f"token within {loads[0]['objective_ttft_s']:g} s, "
+            f"{loads[0]['objective_tpot_s']:g} s for each further one."
+        )
+    served = {"requests", "load_requests"}
+    single = [record for record in records if served.isdisjoint(record.details)]
     prompts, new = _distinct(single, "prompt_tokens"), _distinct(single, "new_tokens")
     if new:
         sentences.append(f"Prompts of {prompts or 'unknown'} tokens, {new} new ones.")
@@ -235,13 +245,14 @@ def variants(found: dict[str, Found]) -> pd.DataFrame:
     columns += ["perplexity", "nll_delta", "nll_delta_low", "nll_delta_high"]
     columns += ["engine", "model", "machine", "status"]
     for place in found.values():
-        for record in place.headline:
-            lesson = [other for other in place.headline if other.technique == record.technique]
-            low, high = record.nll_delta_ci95 or (None, None)
-            quality = {"perplexity": record.perplexity, "nll_delta": record.nll_delta}
-            quality |= {"nll_delta_low": low, "nll_delta_high": high}
-            where = {"engine": record.engine, "machine": place.machine}
-            rows.append(front.gain_of(record, lesson) | quality | where)
+        for lesson in place.lessons.values():
+            headline = [record for record in lesson.records if record.sweep is None]
+            for record in headline:
+                low, high = record.nll_delta_ci95 or (None, None)
+                quality = {"perplexity": record.perplexity, "nll_delta": record.nll_delta}
+                quality |= {"nll_delta_low": low, "nll_delta_high": high}
+                where = {"engine": record.engine, "machine": place.machine}
+                rows.append(front.gain_of(record, headline) | quality | where)
     return pd.DataFrame(rows, columns=columns).rename(columns={"id": "variant"})
 
 
@@ -349,7 +360,7 @@ def _picture(place: Found, text: str) -> str:
 
 def readme_parts(place: Found | None) -> dict[str, str]:
     """README's generated parts, in Markdown, by the name of their marks."""
-    rows = front.picks(place.records) if place else pd.DataFrame(columns=["technique"])
+    rows = front.picks(place.lessons.values() if place else [])
     deeper = []
     for path in stamps.notebooks(deeper=True):
         state = "" if stamps.is_stamped(path) else " *(no reference run yet)*"

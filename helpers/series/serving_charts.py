@@ -92,7 +92,8 @@ def _draw_batch_sizes(axis, rows: DataFrame) -> None:
 
 def _draw_rates(first_token, next_tokens, in_time, rows: DataFrame) -> None:
     """Over the rate that was sent, on three axes: time to first token and time per output token,
-    each with the objective that bounds it, and the share of requests in time with its interval.
+    each with the objective that bounds it, and the share of requests in time with its interval and
+    in each run.
     """
     details = DataFrame(list(rows.details), index=rows.index).apply(pd.to_numeric, errors="coerce")
     rows = rows.assign(**details).sort_values("achieved_rate_per_s")
@@ -111,6 +112,10 @@ def _draw_rates(first_token, next_tokens, in_time, rows: DataFrame) -> None:
     next_tokens.set_ylabel("s per output token")
     plots.curve(in_time, rows, rate, "in_time_share", "")
     in_time.vlines(rows[rate], rows.in_time_low, rows.in_time_high, color=rows.colour, lw=2)
+    # the interval takes requests for independent, which they are not in a queue: so each run, too
+    for sent, found in zip(rows[rate], rows.details, strict=True):
+        shares = found.get("in_time_by_seed", [])
+        in_time.plot([sent] * len(shares), shares, "_", color=plots.GREY, ms=5, mew=0.8)
     for capacity in rows.capacity_per_s.dropna().unique():
         in_time.axvline(capacity, color=plots.GREY, lw=0.8, ls=":")
         at = in_time.get_xaxis_transform()
@@ -118,5 +123,9 @@ def _draw_rates(first_token, next_tokens, in_time, rows: DataFrame) -> None:
     for row in rows[rows.failed_requests > 0].itertuples():
         text = f"{row.failed_requests:.0f} failed"
         plots.label(in_time, text, row.achieved_rate_per_s, row.in_time_share, (-5, -4), ha="right")
-    in_time.set(xlabel="requests/s sent", ylabel="share in time, 95 %", ylim=(0, 1.05))
+    in_time.set(
+        xlabel="requests/s sent",
+        ylabel="share in time, 95 %\n(dashes: single runs)",
+        ylim=(0, 1.05),
+    )
     in_time.margins(x=0.18)
