@@ -380,7 +380,7 @@ def test_machines_stand_beside_each_other_where_they_would_be_taller_than_a_page
     assert long.get_figheight() <= plots.PAGE and long.get_figwidth() > plots.COLUMN
 
 
-@pytest.mark.parametrize("draw", [plots.speedup, plots.memory, plots.limit])
+@pytest.mark.parametrize("draw", [plots.speedup, plots.memory])
 def test_what_was_not_run_is_in_no_chart(draw):
     """It has no figure; README's table and RESULTS.md name it, and why."""
     missing = {"status": "unsupported", "reason": "needs a GPU", "baseline": "fp32"}
