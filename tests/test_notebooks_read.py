@@ -153,6 +153,7 @@ def test_outputs_bear_a_stamp(notebook):
     shown = [c for c in code(notebook) if c.outputs or c.execution_count]
     stamp = notebook.metadata.get("stamp")
     if shown:
+        assert stamp is not None
         assert set(stamp) == {"code", "measuring", "machine", "date"}
     else:
         assert stamp is None

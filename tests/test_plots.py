@@ -179,7 +179,8 @@ def test_a_server_is_drawn_by_batch_size_and_by_rate():
     assert len(figure.axes) == 4
     assert {"16", "p95", "objective", "capacity", "1 failed"} <= texts(figure)
     labels = [axis.get_ylabel() for axis in figure.axes]
-    assert labels[1:] == ["first token (s)", "s per output token", "share in time, 95 %"]
+    share = "share in time, 95 %\n(dashes: single runs)"
+    assert labels[1:] == ["first token (s)", "s per output token", share]
     only = [row for row in batches() if row.sweep == "batch_size"]
     assert len(serving_charts.throughput_latency(frame(*only)).axes) == 1
 
