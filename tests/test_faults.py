@@ -70,7 +70,7 @@ lesson.add("second", dtype="float32")
     "runs ranks": """
 jobs = launches_07.Jobs(models.resolve(MODEL), "float32", "cpu", prompt[0].tolist(),
                         [prompt[0].tolist()], 3)
-with jobs.torchrun(launches_07.WORKERS / "tensor_07.py", 2) as group:
+with jobs.torchrun(launches_07.WORKERS / "pipeline_07.py", 2) as group:
     while not again:
         group.ask(do="run")
         under_way()
