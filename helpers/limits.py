@@ -64,14 +64,14 @@ def best_seconds(work: Callable[[], object], device: str, repeats: int = 3) -> f
     work()
     timing.synchronize(device)
     if torch.device(device).type != "cuda":
-        seconds = []  # type: list[float]
+        seconds: list[float] = []
         for _ in range(repeats):
-            start = time.perf_counter()  # type: Any
+            start: Any = time.perf_counter()
             work()
             seconds.append(time.perf_counter() - start)
         return min(seconds)
     stream = torch.cuda.current_stream(device)  # without it an event is the current card's
-    milliseconds = []  # type: list[float]
+    milliseconds: list[float] = []
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record(stream)
@@ -147,7 +147,7 @@ def read_shares(net: Any) -> dict[torch.nn.Parameter, float]:
     config = net.config.get_text_config()
     picked = next((getattr(config, name) for name in PICKED if getattr(config, name, None)), 1)
     head = getattr(net.get_output_embeddings(), "weight", None)
-    shares = {}  # type: dict[torch.nn.Parameter, float]
+    shares: dict[torch.nn.Parameter, float] = {}
     for module in net.modules():
         kind = type(module).__name__
         for parameter in module.parameters(recurse=False):
@@ -174,7 +174,9 @@ def prefill_parameters(net: Any) -> int:
     is not quantized: codes are packed.
     """
     shares = read_shares(net) | {net.get_output_embeddings().weight: 0}
-    return round(sum(weight.numel() * shares.get(weight, 1) for weight in net.parameters()))  # type: ignore[no-any-return]
+    return round(  # type: ignore[no-any-return]
+        sum(weight.numel() * shares.get(weight, 1) for weight in net.parameters())
+    )
 
 
 def decode_limit(step_bytes: float, bandwidth: float, batch_size: int = 1) -> float:
@@ -222,7 +224,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m helpers.limits", description=__doc__)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     device = machine.pick_device(parser.parse_args().device)
-    ceilings = results.keep_limits(measure(device), device)  # type: Any
+    ceilings: Any = results.keep_limits(measure(device), device)
     print(machine.line())
     print(f"read bandwidth: {ceilings.bandwidth_bytes_per_s / 1e9:.1f} GB/s", end=" ")
     print(f"(spread of {ceilings.bandwidth_readings} readings {ceilings.bandwidth_spread:.0%})")

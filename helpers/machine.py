@@ -64,7 +64,7 @@ def _cgroup_values(controller: str, file_v1: str, file_v2: str) -> list[str]:
     Inside a container the path of the process may be one of the host; then only the files at the
     top are there, and they are the container's.
     """
-    values = []  # type: list[str]
+    values: list[str] = []
     if not CGROUP_OF_PROCESS.is_file():
         return values
     for row in CGROUP_OF_PROCESS.read_text().splitlines():

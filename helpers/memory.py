@@ -92,7 +92,9 @@ def available_bytes(device: str = "cpu") -> int:
         return torch.cuda.mem_get_info(device)[0] + unused
     available = psutil.virtual_memory().available
     left_in_container = _container_bytes_left()
-    return available if left_in_container is None else min(available, left_in_container)  # type: ignore[no-any-return]
+    return (  # type: ignore[no-any-return]
+        available if left_in_container is None else min(available, left_in_container)
+    )
 
 
 def _container_bytes_left() -> int | None:

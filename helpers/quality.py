@@ -115,7 +115,7 @@ class WideAccumulation(TorchFunctionMode):
         if x.device.type != "cpu" or dtype not in (torch.float16, torch.bfloat16):
             return function(*args, **(kwargs or {}))
         with torch.autocast("cpu", enabled=False):
-            wide = [  # type: list[Any]
+            wide: list[Any] = [
                 None if t is None else t.to(dtype).float() for t in (x, weight, *bias)
             ]
             return F.linear(*wide).to(dtype)
@@ -152,7 +152,9 @@ class Forward:
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         arithmetic = WideAccumulation() if self.wide else contextlib.nullcontext()
         with torch.no_grad(), self.context(), arithmetic:
-            return self.model(ids.to(self.model.device), use_cache=False).logits  # type: ignore[no-any-return]
+            return self.model(  # type: ignore[no-any-return]
+                ids.to(self.model.device), use_cache=False
+            ).logits
 
 
 def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
@@ -224,8 +226,8 @@ def compare(
     """
     order = [baseline, *(name for name in forwards if name != baseline)]
     predictions = ids.shape[1] - 1
-    nll = {name: [] for name in order}  # type: dict[str, list[float]]
-    changed = {name: [] for name in order}  # type: dict[str, list[dict[str, float]]]
+    nll: dict[str, list[float]] = {name: [] for name in order}
+    changed: dict[str, list[dict[str, float]]] = {name: [] for name in order}
     divergence = dict.fromkeys(order, 0.0)
 
     batches = torch.arange(len(ids)).split(TOGETHER)
@@ -246,7 +248,7 @@ def compare(
             del logits, row, log_p
 
     count = predictions * len(ids)
-    scores = {}  # type: dict[str, Quality]
+    scores: dict[str, Quality] = {}
     for name in order:
         score = Quality(np.array(nll[name]), count, ids.shape[1])
         score.scored_with = getattr(forwards[name], "scored_with", "as timed")

@@ -443,7 +443,7 @@ def spread(values: Sequence[float]) -> float:
 
 def instabilities(series: Series, baseline: Series | None = None) -> list[str]:
     """Sentences for a row whose runs moved by more than a tenth, or whose machine did."""
-    sentences = []  # type: list[str]
+    sentences: list[str] = []
     if not series.runs:
         return sentences
     if spread(series.latency_s) > SPREAD_LIMIT:

@@ -437,10 +437,11 @@ def test_stamping_keeps_the_code_and_refuses_another(tmp_path):
 @pytest.mark.parametrize(
     ("change", "stale"),
     [
-        ("def f():\n    return 1  # a comment\n", False),
-        ('def f():\n    """A docstring."""\n    return 1\n', False),
-        ("from typing import Any\n\ndef f() -> Any:\n    return 1\n", False),
-        ("def f():\n    return 2\n", True),
+        ("x = 1\n\ndef f():\n    return x  # a comment\n", False),
+        ('x = 1\n\ndef f():\n    """A docstring."""\n    return x\n', False),
+        ("from typing import Any\n\nx: Any = 1\n\ndef f() -> Any:\n    return x\n", False),
+        ("x = 1\n\ndef f():\n    return x + 1\n", True),
+        ("x: int = 2\n\ndef f():\n    return x\n", True),
     ],
 )
 @pytest.mark.parametrize("worker", ["workers/engines_03.py", "series/launches_03.py"])
@@ -453,7 +454,7 @@ def test_a_stamp_is_of_what_measures(tmp_path, monkeypatch, worker, change, stal
     for module in stamps.MEASURING:
         (helpers / f"{module}.py").write_text("x = 1\n")
     (helpers / worker).parent.mkdir()
-    (helpers / worker).write_text("def f():\n    return 1\n")
+    (helpers / worker).write_text("x = 1\n\ndef f():\n    return x\n")
     monkeypatch.setattr(stamps, "HELPERS", helpers)
     cells = [
         nbformat.v4.new_code_cell("SEED = 0", metadata={"tags": ["parameters"]}),

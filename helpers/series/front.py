@@ -56,8 +56,8 @@ def _is_picked(record: Record, pick: dict) -> bool:
 
 
 def gain_of(record: Record, lesson: list[Record]) -> dict:
-    """What one record gained over its baseline, which is in the same lesson: a row of `picks`, without
-    its label.
+    """What one record gained over its baseline, of the same lesson: a row of `picks`, without its
+    label.
     """
     by_id = {other.id: other for other in lesson}
     baseline = by_id.get(record.baseline)

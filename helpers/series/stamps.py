@@ -56,6 +56,11 @@ class _Measuring(ast.NodeTransformer):
             setattr(node, name, None)
         return node
 
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        if node.value is None:
+            return self.generic_visit(node)
+        return self.generic_visit(ast.Assign([node.target], node.value))
+
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.ImportFrom | None:
         return None if node.module in self.TYPES else node
 
