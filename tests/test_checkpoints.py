@@ -108,12 +108,11 @@ def test_an_unknown_shape_gets_one_sentence_with_the_known_ones():
 
 @pytest.mark.parametrize("room", ["disk", "memory"])
 def test_what_there_is_no_room_for_is_not_made(room, monkeypatch, tmp_path):
-    # the disk and the memory of the machine that tests are as large as they are
-    if room == "disk":
-        usage = checkpoints.shutil.disk_usage("/")._replace(free=13_000_000_000)
-        monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda folder: usage)
-    else:
-        monkeypatch.setattr(memory, "available_bytes", lambda: 3_000_000_000)
+    # whatever disk and memory the machine that tests has free
+    free = {"disk": 10**12, "memory": 10**12} | {room: {"disk": 13, "memory": 3}[room] * 10**9}
+    usage = checkpoints.shutil.disk_usage("/")._replace(free=free["disk"])
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(memory, "available_bytes", lambda: free["memory"])
     needed = {"disk": "13.8", "memory": "3.2"}[room]
     with pytest.raises(ValueError, match=f"falcon-7b' cannot be made: it needs {needed} GB of"):
         checkpoints.random_folder("random:falcon-7b", tmp_path, "a text")

