@@ -265,10 +265,14 @@ def test_a_lost_rank_ends_all_and_is_named(tiny_llama, scripts, marked, blow, ki
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["dies", "hangs"])
-def test_a_fault_to_see_names_its_rank(tiny_llama, marked, how):
-    with pytest.raises(processes.ServingError, match="rank 1"):
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [("dies", "came upon something that it cannot do"), ("hangs", "did not answer its peers")],
+)
+def test_a_fault_to_see_names_its_rank(tiny_llama, marked, how, said):
+    with pytest.raises(processes.ServingError) as caught:
         jobs_of(tiny_llama).fault(how, wait_s=4)
+    assert launches_07.reason(caught.value) == f"rank 1: this rank {said}"
     assert not marked()
 
 

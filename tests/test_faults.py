@@ -1,5 +1,6 @@
 """Faults of a machine, each with a real process: a killed kernel, a full disk, too little memory, a
-clock that is set back. What was measured stays whole, nothing keeps running, the next run works.
+clock that is set back, a host name that does not resolve, a user without a name. What was measured
+stays whole, nothing keeps running, the next run works.
 """
 
 import json
@@ -306,3 +307,60 @@ def test_a_full_disk_while_a_model_is_made_is_one_sentence(tmp_path, model, mega
     (said,) = answer.stdout.splitlines()[1:]  # the first line says what is being made
     assert "cannot be made in the cache" in said and "No space left on device" in said
     assert answer.returncode == 2 and "Traceback" not in answer.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("does", ["serves", "runs ranks"])
+def test_a_host_name_that_does_not_resolve_changes_nothing(tmp_path, tiny_llama, does):
+    renamed = ["unshare", "--map-root-user", "--uts", "sh", "-c"]
+    renamed += ['hostname nohost.invalid && exec "$@"', "sh"]
+    if shutil.which("unshare") is None or subprocess.run([*renamed, "true"]).returncode:
+        pytest.skip("this user may not rename a machine of its own")
+    (tmp_path / "again").touch()
+    given = f"MODEL, RESULTS_DIR = {tiny_llama!r}, {str(tmp_path)!r}\n"
+    name = "\nimport socket\nprint(socket.gethostname())\n"
+    source = given + BEGIN + DOES[does] + name
+    answer = subprocess.run(
+        [*renamed, sys.executable, "-c", source],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(results.ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=START_S,
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.splitlines()[-1] == "nohost.invalid"
+    (path,) = tmp_path.rglob("01_killed.partial.json")
+    assert [record.variant for record in results.read(path).records] == ["first", "second"]
+
+
+def test_a_cache_that_may_not_be_written_is_one_sentence(tmp_path):
+    disk = small_disk(tmp_path / "disk", 1)
+    frozen = ["sh", "-c", 'mount -o remount,ro "$0" && exec "$@"', str(tmp_path / "disk")]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "disk"), "COLUMNS": "999"}
+    command = [*disk, *frozen, sys.executable, "-m", "helpers.series.run", "--only", "01"]
+    command += ["-p", "MODEL=random:tiny-llama", "-p", f"RESULTS_DIR={tmp_path}"]
+    answer = subprocess.run(command, capture_output=True, text=True, env=environment)
+    (said,) = answer.stdout.splitlines()
+    assert "Read-only file system" in said and "disk" in said
+    assert answer.returncode == 2 and "Traceback" not in answer.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.notebook
+def test_a_user_without_a_name_and_with_a_home_that_is_read_only_runs_a_lesson(tmp_path):
+    """As in a container that was given a number: no entry among the users, no folder of its own."""
+    nobody = ["unshare", "--map-user=12345", "--map-group=12345"]
+    if shutil.which("unshare") is None or subprocess.run([*nobody, "true"]).returncode:
+        pytest.skip("this user may not become another")
+    environment = os.environ | {"HOME": "/proc", "XDG_CACHE_HOME": str(tmp_path)}
+    command = [*nobody, sys.executable, "-m", "helpers.series.run", "--only", "01"]
+    command += ["--profile", "smoke", "--out", str(tmp_path), "-p", f"RESULTS_DIR={tmp_path}"]
+    command += ["-p", "MODEL=random:tiny-llama"]
+    answer = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    (path,) = tmp_path.rglob("01_mixed_precision.json")
+    assert {record.status for record in results.read(path).records} == {"ok"}
+    (notebook,) = tmp_path.rglob("01_mixed_precision.ipynb")
+    outputs = [out for cell in nbformat.read(notebook, 4).cells for out in cell.get("outputs", [])]
+    assert sum("image/png" in out.get("data", {}) for out in outputs) >= 2

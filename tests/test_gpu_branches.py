@@ -18,6 +18,7 @@ import pynvml
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import limits, machine, memory, models, quality, results, timing
 from helpers.series import planner, processes, run
@@ -405,11 +406,25 @@ def test_a_card_scores_in_the_arithmetic_that_was_timed(cards, monkeypatch, capa
         assert (forward.wide, forward.scored_with) == (False, "as timed")
 
 
-def test_products_off_the_cpu_are_left_alone():
-    x, weight = (torch.ones(2, 2, dtype=torch.bfloat16, device="meta") for _ in range(2))
-    with quality.WideAccumulation():
-        product = F.linear(x, weight)
-    assert (product.device.type, product.dtype) == ("meta", torch.bfloat16)
+class Operators(TorchDispatchMode):
+    """Remembers the operators that run within it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("device", "converted"), [("meta", 0), ("cpu", 3)])
+def test_products_off_the_cpu_are_left_alone(device, converted):
+    """On the CPU both numbers are widened, and the sum is rounded."""
+    x, weight = (torch.ones(2, 2, dtype=torch.bfloat16, device=device) for _ in range(2))
+    with Operators() as ran, quality.WideAccumulation():
+        F.linear(x, weight)
+    assert sum("_to_copy" in name for name in ran.names) == converted
 
 
 def test_a_card_that_is_full_is_a_row_of_the_lesson(cards, tmp_path, tiny_llama, monkeypatch):
@@ -422,6 +437,8 @@ def test_a_card_that_is_full_is_a_row_of_the_lesson(cards, tmp_path, tiny_llama,
         raise OUT_OF_MEMORY
 
     assert not lesson.add_peak("fp32", timing.Variant(load, None))
+    assert lesson.add_peak("fp16", timing.Variant(lambda: None, lambda model: None))
+    assert lesson.record("fp16").peak_kind == "cuda max_memory_allocated"
     row = lesson.record("fp32")
     assert (row.status, row.reason, row.device) == ("oom", "CUDA out of memory", "cuda")
     assert lesson.partial.is_file()

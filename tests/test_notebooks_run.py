@@ -14,6 +14,7 @@ import sys
 import time
 
 import nbformat
+import pandas as pd
 import papermill
 import psutil
 import pytest
@@ -93,6 +94,9 @@ def test_the_comparison_draws_what_the_lessons_left(tmp_path, run_lesson, monkey
     drawn = {path.name for path in figures.iterdir()}
     for chart in ("speedup", "memory", "quality_speed", "limit"):
         assert {f"{chart}{ending}" for ending in (".svg", ".pdf", ".png", ".csv", ".txt")} <= drawn
+    factors = pd.read_csv(figures / "factors.csv").set_index("variant")
+    assert factors.factor["llamacpp-f32 / fp32"] == "engine, at the same bits"
+    assert factors.factor["llamacpp-q4 / llamacpp-f32"] == "bits, in one engine"
     caption = (figures / "speedup.txt").read_text()
     assert slug in caption and "SmolLM2" in caption and "new ones" in caption
 
@@ -198,6 +202,24 @@ def test_bfloat16_moves_more_than_float16(run_lesson):
 def test_bad_commands_get_one_sentence(arguments, said, capsys):
     assert run.main(arguments) == 2
     assert said in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_folder_without_a_tokenizer_is_refused_before_a_lesson_begins(
+    tiny_llama, tmp_path, capsys
+):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    parameters.check_tokenizer(str(folder))
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    assert run.main(["--only", "01", "-p", f"MODEL={folder}", "-p", f"RESULTS_DIR={tmp_path}"]) == 2
+    said = " ".join(capsys.readouterr().out.split())
+    assert "has no tokenizer that loads" in said and "Traceback" not in said
+    settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="has no tokenizer that loads without code of its own"):
+        parameters.check_parameters({"In": [], "MODEL": str(folder)})
+    assert list(tmp_path.glob("*")) == [folder]
 
 
 def small(folder, name: str, source: str) -> None:

@@ -104,7 +104,8 @@ def environment(base: dict[str, str], device: str, threads: int) -> dict[str, st
 
 def torchrun(script: str | Path, arguments: list, ranks: int) -> list[str]:
     """The command that starts a script on so many ranks of this machine; printed as it is typed."""
-    words = ["--standalone", "--nproc-per-node", str(ranks), "--tee", "3"]
+    words = ["--standalone", "--local-addr", processes.HOST]  # this machine's name may not resolve
+    words += ["--nproc-per-node", str(ranks), "--tee", "3"]
     words += [str(Path(script).resolve())]
     words += map(str, arguments)
     print("torchrun", *(Path(word).name for word in words))
@@ -493,11 +494,14 @@ def reason(error: Exception) -> str:
     """
     outcome, _, lines = str(error).partition("\n")
     sentence = outcome.removesuffix("; its last lines:")
+    rank = re.match(r"rank \d+", outcome)
     named = re.search(r"\w*(?:Error|Exception): ([^\n]+)", lines)
+    silent = re.search("this rank did not answer its peers", lines)  # see `ranks_07.show_where`
+    said = silent[0] if silent else None
     if named:
-        rank = re.match(r"rank \d+", outcome)
-        message = named[1] if " " in named[1] else named[0]
-        sentence = f"{rank[0]}: {message}" if rank else message
+        said = named[1] if " " in named[1] else named[0]
+    if said:
+        sentence = f"{rank[0]}: {said}" if rank else said
     return re.sub(r"/\S+/", "", sentence).strip().rstrip(".")
 
 

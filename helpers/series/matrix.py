@@ -195,11 +195,11 @@ def _run_away(cell: Cell) -> tuple[dict, dict[str, bytes]]:
 
 def finished(cell: Cell, out: Path) -> bool:
     """Has this cell, as it stands, ended well before?"""
-    path = out / cell.name / OUTCOME
-    if not path.is_file():
+    try:
+        kept = json.loads((out / cell.name / OUTCOME).read_text(encoding="utf-8"))
+        return kept["reason"] == "" and kept["profile"] == cell.profile
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or not what was written
         return False
-    kept = json.loads(path.read_text(encoding="utf-8"))
-    return not kept["reason"] and kept["profile"] == cell.profile
 
 
 def run_matrix(path: Path, out: Path, console: Console, ray_address: str | None = None) -> int:
@@ -221,7 +221,8 @@ def run_matrix(path: Path, out: Path, console: Console, ray_address: str | None 
         word = "ok"
         if outcome["reason"]:
             word = "failed"
-            failed.append(f"failed: {cell.name}: {outcome['reason'].splitlines()[0]}")
+            said = outcome["reason"].splitlines()
+            failed.append(f"failed: {cell.name}: {' '.join(dict.fromkeys([said[0], said[-1]]))}")
         left_s = (time.monotonic() - begun) / number * (len(to_run) - number)
         console.print(
             f"{number} of {len(to_run)}, {cell.name}: {word} after {outcome['seconds']:.0f} s; "

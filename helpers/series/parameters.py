@@ -6,10 +6,12 @@ Papermill takes values as YAML or as words of a command line, and leaves `1e-3` 
 import ast
 import functools
 import math
+import os
 from pathlib import Path
 
 import pandas as pd
 import yaml
+from transformers import AutoTokenizer
 
 from helpers.series import planner
 
@@ -76,7 +78,7 @@ def check_parameters(notebook: dict) -> None:
     The defaults are read from the kernel's own history, where that cell is the last one that sets
     RESULTS_DIR and that papermill has not put in.
 
-    Raises ValueError in one sentence.
+    Raises ValueError in one sentence, for a model without a tokenizer too.
     """
     defaults = {}
     for source in notebook["In"]:
@@ -85,6 +87,23 @@ def check_parameters(notebook: dict) -> None:
             defaults = values
     for name, default in defaults.items():
         notebook[name] = typed(name, notebook[name], default)
+    check_tokenizer(notebook.get("MODEL", "auto"))
+
+
+def check_tokenizer(model: str) -> None:
+    """Raises ValueError in one sentence for a model's folder without a tokenizer. What is no folder
+    of a model is left to `models.resolve`.
+    """
+    folder = Path(model).expanduser()
+    if not os.path.isfile(folder / "config.json"):  # False for a name that is too long for a file
+        return
+    try:
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # each kind of tokenizer fails in its own way
+        raise ValueError(
+            f"MODEL={model!r} has no tokenizer that loads without code of its own: save it there "
+            "with tokenizer.save_pretrained."
+        ) from error
 
 
 @functools.cache

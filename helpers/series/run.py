@@ -246,6 +246,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["TQDM_DISABLE"] = "1"  # in the kernels: a copy would keep every state of a bar
         results.check(given.get("RESULTS_DIR", ""))
         models.resolve(given.get("MODEL", "auto"))
+        parameters.check_tokenizer(given.get("MODEL", "auto"))
         device = machine.pick_device(given.get("DEVICE", "auto"))
         folder = results.model_folder(given.get("MODEL", "auto"), device)
     except (ValueError, OSError) as error:

@@ -6,6 +6,8 @@ against another).
 2. A generation with the harness's token stamps over one without, in pairs (what stamping costs).
 3. The peak that `memory.peak_of` reports over what the kernel reports for the same process at its
 end (`wait4`).
+4. Bandwidth and matrix products as `limits` measures them over what `torch.utils.benchmark` finds
+for the same work, turn and turn about.
 """
 
 import json
@@ -14,16 +16,16 @@ import sys
 import time
 
 import torch
+import torch.utils.benchmark
 from rich.console import Console
 from rich.table import Table
 
-from helpers import models, timing
+from helpers import limits, models, timing
 
 PROMPT, NEW_TOKENS, PAIRS = "I am so fast that I can", 50, 12
-SHORT_TOKENS, SHORT_PAIRS = (
-    10,
-    100,
-)  # what stamping costs is less than a machine's drift: many pairs, close together
+# what stamping costs is less than a machine's drift: many pairs, close together
+SHORT_TOKENS, SHORT_PAIRS = 10, 100
+READINGS = 12  # of bandwidth, and of a matrix product
 
 CHILD = """
 import json, os, torch
@@ -108,15 +110,50 @@ def reported_and_kernel_peak() -> timing.Ratio:
     return timing.ratio(ours, kernels)
 
 
+def fastest_s(statement: str, **names: object) -> float:
+    """Seconds of the fastest of torch.utils.benchmark's blocks of calls, each at least 0.1 s."""
+    threads = torch.get_num_threads()  # a Timer takes one by default
+    timer = torch.utils.benchmark.Timer(statement, globals=names, num_threads=threads)
+    return min(timer.blocked_autorange(min_run_time=0.1).times)
+
+
+def bandwidth_by_both() -> timing.Ratio:
+    """Bytes per second by `limits.Bandwidth` over those of the fastest of its three ways to read,
+    timed by torch.utils.benchmark.
+    """
+    ours, others = [], []
+    for _ in range(READINGS):
+        probe = limits.Bandwidth()
+        ours.append(1 / probe())
+        matrix = torch.ones(probe.shape)
+        first, second = matrix.view(-1).chunk(2)
+        ways = ("matrix.sum()", "torch.dot(first, second)", "matrix @ matrix[0]")
+        names = {"matrix": matrix, "first": first, "second": second}
+        others.append(min(fastest_s(way, **names) for way in ways) / matrix.nbytes)
+    return timing.ratio(others, ours)
+
+
+def products_by_both() -> timing.Ratio:
+    """Operations per second of a float32 linear layer, `limits.compute_flops` over
+    torch.utils.benchmark.
+    """
+    size = 2048
+    x, weight = torch.randn(size, size), torch.randn(size, size)
+    ours, others = [], []
+    for _ in range(READINGS):
+        ours.append(2 * size**3 / limits.compute_flops(size=size))
+        others.append(fastest_s("torch.nn.functional.linear(x, weight)", x=x, weight=weight))
+    return timing.ratio(others, ours)
+
+
 def main() -> int:
     checks = [
-        (
-            "reported peak ÷ kernel's peak",
-            reported_and_kernel_peak,
-            0.03,
-        ),  # first: see its docstring
+        # first: see its docstring
+        ("reported peak ÷ kernel's peak", reported_and_kernel_peak, 0.03),
         ("harness clock ÷ bare clock, same generations", same_generations, 0.02),
         ("with stamps ÷ without, in pairs", with_and_without_stamps, 0.02),
+        ("bandwidth ÷ torch.utils.benchmark's", bandwidth_by_both, 0.05),
+        ("products ÷ torch.utils.benchmark's", products_by_both, 0.05),
     ]
     table, missed = Table("what", "ratio [95 %]", "aim", "met"), 0
     for name, check, aim in checks:
