@@ -324,11 +324,11 @@ def memory(frame: DataFrame, title: str = "Memory") -> Figure:
 
 
 def _draw_memory(axis: Axes, rows: DataFrame) -> None:
-    y = bars(axis, rows, "weight_bytes", "", "GB (number: peak, else weights)", "right")
+    y = bars(axis, rows, "weight_bytes", "", "GB (bar: weights; number: peak, else weights)", "right")
     weights, cache = rows.weight_bytes.fillna(0), rows.kv_cache_bytes.fillna(0)
     ends = np.fmax(weights + cache, rows.peak_above_bytes)
-    axis.containers[0].set_label("weights")
-    axis.barh(y, cache, 0.62, weights, color="0.65", label="KV cache")
+    axis.containers[0].set_label("_weights")  # in the colours of the techniques
+    axis.barh(y, cache, 0.62, weights, color="0.2", label="KV cache")
     axis.plot(rows.peak_above_bytes, y, "|k", ms=9, mew=1.5, label="peak above start")
     numbers = rows.peak_above_bytes.fillna(rows.weight_bytes)
     for at, number, end in zip(y, numbers, ends, strict=True):

@@ -203,9 +203,10 @@ def _draw_memory(axis, rows: pd.DataFrame, y: np.ndarray) -> None:
     axis.barh(y, shares, height=0.55, color=pale, edgecolor=colours, lw=0.8)
     axis.axvline(1, color="black", lw=0.8)
     for at, share in zip(y, shares, strict=True):
-        text = "–" if math.isnan(share) else f"{share:.2f}×"
-        plots.label(axis, text, 0, at, (2, 0))
-    axis.set(xlim=(0, np.nanmax([1.1, *shares]) * 1.05))
+        text, end = ("–", 0) if math.isnan(share) else (f"{share:.2f}×", share)
+        ground = {"fc": "white", "ec": "none", "pad": 0.3}  # no line runs through a number
+        plots.label(axis, text, end, at, (2, 0), bbox=ground)
+    axis.set(xlim=(0, np.nanmax([1.1, *shares]) * 1.9))
     axis.set_xticks([1], ["1×"], fontsize=6)
 
 
@@ -247,11 +248,10 @@ def sentence(rows: pd.DataFrame, where: str) -> str:
             f"*{best.label}*, {best.speedup:.1f} times"
         )
     if len(smaller):
-        least = smaller.loc[smaller.memory_share.idxmin()]
-        text += (
-            f". {len(smaller)} take less memory; the least is *{least.label}*, "
-            f"{least.memory_share:.2f} of its baseline's"
-        )
+        share = smaller.memory_share.min()
+        least = smaller[smaller.memory_share <= share * (1 + claims.ALIKE)]
+        names = " and ".join(f"*{label}*" for label in least.label)
+        text += f". {len(smaller)} take less memory; the least: {names}, {share:.2f}×"
     return text + "."
 
 

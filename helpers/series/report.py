@@ -174,7 +174,7 @@ def caption(found: dict[str, Found], what: str, rows: pd.DataFrame) -> str:
     rows : what is drawn, with `technique` and `id` where it is a record; a column `machine` says
         of which title in `found`. Rows with a `source` are others' and are named by it.
     """
-    sentences = [what]
+    sentences = [what.replace("*", "")]  # a caption is no Markdown
     for title, place in found.items():
         of_place = rows[rows.machine == title] if "machine" in rows else rows
         drawn = set(zip(of_place.technique, of_place.id, strict=True)) if "id" in rows else set()
@@ -189,7 +189,7 @@ def caption(found: dict[str, Found], what: str, rows: pd.DataFrame) -> str:
 
 def _distinct(records: list[Record], field: str) -> str:
     values = {getattr(record, field) for record in records} - {None}
-    return ", ".join(map(str, sorted(values)))
+    return " or ".join(map(str, sorted(values)))
 
 
 def _conditions(place: Found, records: list[Record]) -> str:
