@@ -324,7 +324,9 @@ def memory(frame: DataFrame, title: str = "Memory") -> Figure:
 
 
 def _draw_memory(axis: Axes, rows: DataFrame) -> None:
-    y = bars(axis, rows, "weight_bytes", "", "GB (bar: weights; number: peak, else weights)", "right")
+    y = bars(
+        axis, rows, "weight_bytes", "", "GB (bar: weights; number: peak, else weights)", "right"
+    )
     weights, cache = rows.weight_bytes.fillna(0), rows.kv_cache_bytes.fillna(0)
     ends = np.fmax(weights + cache, rows.peak_above_bytes)
     axis.containers[0].set_label("_weights")  # in the colours of the techniques
