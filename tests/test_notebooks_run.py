@@ -176,7 +176,8 @@ def test_a_lossless_format_says_the_same_text(run_lesson):
     peak = {
         n: r.peak_bytes - r.resident_before_bytes for n, r in by_variant.items() if r.peak_bytes
     }
-    assert 0.4 < peak["fp16"] / peak["fp32"] < 0.6
+    # half, less what the process held free from before, up to some 60 MB
+    assert 0.35 < peak["fp16"] / peak["fp32"] < 0.6
     assert peak["fp16-autocast"] > 1.2 * peak["fp32"]
 
 
