@@ -250,8 +250,8 @@ def sentence(rows: pd.DataFrame, where: str) -> str:
     if len(smaller):
         share = smaller.memory_share.min()
         least = smaller[smaller.memory_share <= share * (1 + claims.ALIKE)]
-        names = " and ".join(f"*{label}*" for label in least.label)
-        text += f". {len(smaller)} take less memory; the least: {names}, {share:.2f}×"
+        names = ", ".join(f"*{label}*" for label in least.label)
+        text += f". {len(smaller)} take less memory; the least, {share:.2f} of their baselines': {names}"
     return text + "."
 
 

@@ -221,8 +221,10 @@ def run_matrix(path: Path, out: Path, console: Console, ray_address: str | None 
         word = "ok"
         if outcome["reason"]:
             word = "failed"
-            said = outcome["reason"].splitlines()
-            failed.append(f"failed: {cell.name}: {' '.join(dict.fromkeys([said[0], said[-1]]))}")
+            how, *said = outcome["reason"].splitlines()
+            if said and not said[-1].startswith("results below"):  # a refusal, not a broken lesson
+                how += f" {said[-1]}"
+            failed.append(f"failed: {cell.name}: {how}")
         left_s = (time.monotonic() - begun) / number * (len(to_run) - number)
         console.print(
             f"{number} of {len(to_run)}, {cell.name}: {word} after {outcome['seconds']:.0f} s; "

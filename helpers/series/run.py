@@ -212,7 +212,7 @@ def run_batch(options: argparse.Namespace, console: Console) -> int:
     try:
         failed = matrix.run_matrix(options.matrix, out.resolve(), console, options.ray)
     except (ValueError, ImportError, ConnectionError) as error:
-        console.print(str(error), style="red")
+        console.print(str(error), style="red", soft_wrap=True)
         return 2
     return int(bool(failed))
 
@@ -250,7 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
         device = machine.pick_device(given.get("DEVICE", "auto"))
         folder = results.model_folder(given.get("MODEL", "auto"), device)
     except (ValueError, OSError) as error:
-        console.print(str(error), style="red")
+        console.print(str(error), style="red", soft_wrap=True)
         return 2
     out = options.out
     if out is None:

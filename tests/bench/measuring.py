@@ -111,7 +111,7 @@ def reported_and_kernel_peak() -> timing.Ratio:
 
 
 def fastest_s(statement: str, **names: object) -> float:
-    """Seconds of the fastest of torch.utils.benchmark's blocks of calls, each at least 0.1 s."""
+    """Seconds a call in the fastest of the blocks of torch.utils.benchmark, 0.1 s in all."""
     threads = torch.get_num_threads()  # a Timer takes one by default
     timer = torch.utils.benchmark.Timer(statement, globals=names, num_threads=threads)
     return min(timer.blocked_autorange(min_run_time=0.1).times)
