@@ -1,6 +1,7 @@
 """Is the code as easy to read as it was? Syntax-tree nodes a code line, in all, and what a reader has to unfold.
 
-Packing lines does not lower what is counted here. The totals are raised by hand, in a commit that says what for; `LINE` and `PLACES` only go down.
+Packing lines does not lower what is counted here. The totals are raised by
+hand, in a commit that says what for; `LINE` and `PLACES` only go down.
 """
 
 import ast
