@@ -139,7 +139,7 @@ def test_what_one_device_cannot_hold_is_not_started():
     ("lines", "kind", "sentence"),
     [
         (
-            "rank 1: this rank did not answer its peers; its last lines:\nValueError: this cannot be",
+            "rank 1 ended with exit code 1; its last lines:\nValueError: this cannot be",
             processes.ServingError,
             "rank 1: this cannot be",
         ),
