@@ -300,13 +300,16 @@ def test_ctrl_c_leaves_nothing_running_and_the_next_run_goes_on_from_there(tmp_p
 
 
 def test_a_failed_notebook_fails_the_run_after_the_others(tmp_path, capsys, monkeypatch):
-    small(tmp_path, "01_bad.ipynb", "raise ValueError('the thing that failed')")
+    why = "the thing that failed, " + "and a reason wider than any console, " * 4
+    small(tmp_path, "01_bad.ipynb", f"raise ValueError({why!r})")
     small(tmp_path, "02_good.ipynb", "print('seed', SEED)")
     monkeypatch.setattr(run, "NOTEBOOKS", tmp_path)
     monkeypatch.setenv("SEVEN_PROFILE", "full")  # `main` sets it: it is put back afterwards
     out = tmp_path / "out"
     assert run.main(["--out", str(out), "-p", "SEED=7"]) == 1
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == f"01_bad: ValueError: {why}".strip()
+    printed = " ".join(printed.split())
     assert "the thing that failed" in printed and "ok" in printed
     assert "seed 7" in (out / "02_good.ipynb").read_text()
     assert run.main(["--out", str(out), "--profile", "smoke", "--only", "02"]) == 0

@@ -251,7 +251,8 @@ def sentence(rows: pd.DataFrame, where: str) -> str:
         share = smaller.memory_share.min()
         least = smaller[smaller.memory_share <= share * (1 + claims.ALIKE)]
         names = ", ".join(f"*{label}*" for label in least.label)
-        text += f". {len(smaller)} take less memory; the least, {share:.2f} of their baselines': {names}"
+        text += f". {len(smaller)} take less memory; the least, {share:.2f} of their baselines': "
+        text += names
     return text + "."
 
 

@@ -221,10 +221,8 @@ def run_matrix(path: Path, out: Path, console: Console, ray_address: str | None 
         word = "ok"
         if outcome["reason"]:
             word = "failed"
-            how, *said = outcome["reason"].splitlines()
-            if said and not said[-1].startswith("results below"):  # a refusal, not a broken lesson
-                how += f" {said[-1]}"
-            failed.append(f"failed: {cell.name}: {how}")
+            how, *lines = outcome["reason"].splitlines()
+            failed.append(f"failed: {cell.name}: {' '.join([how, *lines[-1:]])}")
         left_s = (time.monotonic() - begun) / number * (len(to_run) - number)
         console.print(
             f"{number} of {len(to_run)}, {cell.name}: {word} after {outcome['seconds']:.0f} s; "

@@ -181,7 +181,7 @@ def run_all(
     Returns the number that failed or were stopped.
     """
     table = Table("notebook", "time", "outcome")
-    failed = 0
+    failed = []
     for number, notebook in enumerate(chosen, 1):
         console.print(f"{number} of {len(chosen)} {notebook.stem}", style="bold")
         start = time.perf_counter()
@@ -189,7 +189,7 @@ def run_all(
         seconds = time.perf_counter() - start
         style = ""
         if outcome not in ("ok", BEFORE):
-            failed += 1
+            failed.append(f"{notebook.stem}: {outcome}")
             style = "red"
         table.add_row(notebook.stem, f"{seconds:.0f} s", outcome, style=style)
         if outcome == STOPPED:
@@ -198,7 +198,9 @@ def run_all(
     console.print(f"executed copies in {os.path.relpath(out)}")
     base = results.base_folder(given.get("RESULTS_DIR", ""))
     console.print(f"results below {os.path.relpath(base)}")
-    return failed
+    for line in failed:  # whole, as the table may not show it; a matrix quotes the last line
+        console.print(line, style="red", soft_wrap=True)
+    return len(failed)
 
 
 def run_batch(options: argparse.Namespace, console: Console) -> int:
