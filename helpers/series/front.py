@@ -23,6 +23,7 @@ from helpers.series import claims
 
 FASTER, SLOWER, NEITHER = "#0072b2", "#d55e00", "0.45"
 LOST = "#cf3a4c"  # seen on white paper and on dark
+GROUND = {"fc": "white", "ec": "none", "pad": 0.3}  # of a number: no line runs through it
 MARKS = "*†‡§¶"
 GAINS = ["label", "technique", "id", "model", "baseline", "foreign", "speedup", "low", "high"]
 GAINS += ["memory_share", "status", "quality", "is_worse"]
@@ -186,8 +187,7 @@ def _draw_speed(axis, rows: pd.DataFrame, y: np.ndarray) -> None:
         axis.hlines(at, row.low, row.high, color=colour, lw=2, alpha=0.6)
         axis.plot(row.speedup, at, "o", color=colour, ms=4)
         right = max(row.speedup, row.high)
-        ground = {"fc": "white", "ec": "none", "pad": 0.3}  # no line runs through a number
-        plots.label(axis, f"{row.speedup:.2f}×", right, at, (4, 0), bbox=ground)
+        plots.label(axis, f"{row.speedup:.2f}×", right, at, (4, 0), bbox=GROUND)
     least = np.nanmin([0.9, *rows.low])
     most = np.nanmax([1.1, *rows.high])
     axis.set(xscale="log", xlim=(least / 1.25, most * 2.1))
@@ -204,8 +204,7 @@ def _draw_memory(axis, rows: pd.DataFrame, y: np.ndarray) -> None:
     axis.axvline(1, color="black", lw=0.8)
     for at, share in zip(y, shares, strict=True):
         text, end = ("–", 0) if math.isnan(share) else (f"{share:.2f}×", share)
-        ground = {"fc": "white", "ec": "none", "pad": 0.3}  # no line runs through a number
-        plots.label(axis, text, end, at, (2, 0), bbox=ground)
+        plots.label(axis, text, end, at, (2, 0), bbox=GROUND)
     axis.set(xlim=(0, np.nanmax([1.1, *shares]) * 1.9))
     axis.set_xticks([1], ["1×"], fontsize=6)
 
