@@ -489,9 +489,9 @@ def cause(error: processes.ServingError) -> Exception:
 
 
 def reason(error: Exception) -> str:
-    """The first error that a failed launch named, or that a rank was silent, and which rank, without
-    paths; else how the launch ended. A message of one word (a key that is missing, say) comes with
-    its error's name.
+    """The first error that a failed launch named, or that a rank was silent, and which rank,
+    without paths; else how the launch ended. A message of one word (a key that is missing, say)
+    comes with its error's name.
     """
     outcome, _, lines = str(error).partition("\n")
     sentence = outcome.removesuffix("; its last lines:")
