@@ -116,10 +116,9 @@ def _load(machines: list[str], models: list[str], base: Path) -> tuple[dict[str,
                 raise ValueError(" ".join([*refused, none]))
             limits = results.read_limits(base / slug)
             found[f"{slug} · {model}"] = Found(slug, model, lessons, limits, folder)
-            absent = ", ".join(missing(lessons)) or "no lesson"
-            sentences.append(
-                f"{slug}, {model}: {len(lessons)} lessons with results; none yet of {absent}"
-            )
+            sentences.append(f"{slug}, {model}: {len(lessons)} lessons with results")
+            if absent := missing(lessons):
+                sentences[-1] += f"; none yet of {', '.join(absent)}"
         others = sorted(set(there[slug]) - set(chosen))
         if others and not models:
             sentences.append(f"{slug} has results of {', '.join(others)} too: name them in MODELS")
